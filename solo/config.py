@@ -1,0 +1,285 @@
+"""From YAML files and a command line to typed dataclasses.
+
+Hydra composes files and overrides; `bind` then checks every key and value against a dataclass and reports all
+problems at once. Defaults live in the dataclasses and nowhere else.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from solo.errors import ConfigError, reported
+
+T = TypeVar("T")
+
+
+def bind(schema: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build a dataclass from plain values, strictly.
+
+    Args:
+        schema: the dataclass; nested dataclasses, lists, tuples, dictionaries, ``Literal`` and unions are followed.
+        values: what YAML and command line said.
+        path: prefix of the key names in errors.
+
+    Raises:
+        ConfigError: one line for each unknown key, wrong type, missing key and refused value.
+    """
+    problems: list[str] = []
+    bound = _bind_dataclass(schema, values, path, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return typing.cast(T, bound)
+
+
+def plain(thing: Any) -> Any:
+    """The inverse of `bind`: dataclasses become dictionaries, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        return {field.name: plain(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+    if isinstance(thing, dict):
+        return {key: plain(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [plain(value) for value in thing]
+    return thing
+
+
+def unknown_key(key: str, path: str, schema: type) -> str:
+    """The line for a key the schema does not have, with the nearest one it has, at this level or any other."""
+    full = _join(path, key)
+    siblings = {field.name: _join(path, field.name) for field in dataclasses.fields(schema)}
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {full}: did you mean {siblings[near[0]]}?"
+    return f"unknown key {full} (known: {', '.join(siblings)})"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(values):
+        return values
+    if not isinstance(values, dict):
+        problems.append(f"{path or 'the config'} must be a block of keys, got {values!r}")
+        return None
+    hints = typing.get_type_hints(schema)
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    before = len(problems)
+    problems += [unknown_key(str(key), path, schema) for key in values if key not in fields]
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _bind_value(hints[name], values[name], _join(path, name), problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"missing key {_join(path, name)}")
+    if len(problems) > before:
+        return None
+    try:
+        return schema(**arguments)
+    except ValueError as error:
+        problems += [_join(path, line) for line in str(error).splitlines()]
+        return None
+
+
+def _bind_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    found: list[str] = []
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        trial: list[str] = []
+        bound = _bind_option(option, value, path, trial)
+        if not trial:
+            return bound
+        structured = dataclasses.is_dataclass(option) and isinstance(value, dict)
+        found = trial if structured or not found or len(options) == 1 else found
+    if len(options) > 1 and not any(dataclasses.is_dataclass(option) and isinstance(value, dict) for option in options):
+        found = [f"{path} must be {_type_name(hint)}, got {value!r}"]
+    problems += found
+    return None
+
+
+def _bind_option(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _bind_dataclass(typing.cast(type, hint), value, path, problems)
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        if origin is tuple and Ellipsis not in args:
+            if len(args) != len(value):
+                problems.append(f"{path} must have {len(args)} values, got {len(value)}")
+                return None
+            return tuple(_bind_value(a, v, f"{path}[{i}]", problems) for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return origin(_bind_value(args[0], v, f"{path}[{i}]", problems) for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _bind_value(args[1], v, _join(path, str(key)), problems) for key, v in value.items()}
+    if origin is Literal and value in args and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (str, bool) and type(value) is hint:
+        return value
+    if hint in (None, type(None)) and value is None:
+        return None
+    problems.append(f"{path} must be {_type_name(hint)}, got {value!r}{_literal_hint(hint, value)}")
+    return None
+
+
+def _literal_hint(hint: Any, value: Any) -> str:
+    if get_origin(hint) is not Literal:
+        return ""
+    near = difflib.get_close_matches(str(value), [str(option) for option in get_args(hint)], n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in args)
+    if hint in (None, type(None)):
+        return "null"
+    if dataclasses.is_dataclass(hint):
+        return "a block of keys"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if origin in (list, tuple):
+        return "a list"
+    if origin is dict:
+        return "a block of keys"
+    return names.get(hint, str(hint))
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Compose one YAML file with its ``defaults`` list and overrides, as the command line would, into plain values.
+
+    Raises:
+        ConfigError: the file is missing or does not compose.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ConfigError(f"config file {path} does not exist{_nearest_file(file)}")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(file.parent), version_base="1.3"):
+            arguments = [_forced(argument, file.parent) for argument in overrides]
+            return values(hydra.compose(file.name, overrides=[*_QUIET, *arguments]))
+    except HydraException as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def values(config: DictConfig) -> dict[str, Any]:
+    """Resolved plain values of a composed config, without Hydra's own node.
+
+    Raises:
+        ConfigError: an interpolation does not resolve or a mandatory value is missing.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(content, dict)
+    content.pop("hydra", None)
+    return {str(key): value for key, value in content.items()}
+
+
+def main(config_path: str, config_name: str | None = None) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
+    """Decorator that turns ``task(values)`` into a command with Hydra's command line.
+
+    ``key=value`` works for every key of the schema, written in the YAML or not; ``-m``, ``--cfg job``,
+    ``--config-path`` (relative to the working directory) and ``--config-name`` are Hydra's own.
+
+    Args:
+        config_path: folder of the YAML files, relative to the script, used without ``--config-path``.
+        config_name: file used without ``--config-name``.
+    """
+
+    def decorate(task: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        script_dir = Path(task.__code__.co_filename).resolve().parent
+
+        def run(config: DictConfig) -> None:
+            with reported():
+                task(values(config))
+
+        def command() -> None:
+            with reported():
+                directory, sys.argv[1:] = _arguments(sys.argv[1:], script_dir / config_path, config_name)
+            hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
+
+        return command
+
+    return decorate
+
+
+# Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
+_QUIET = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+_SWEEP = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+_FLAGS_WITH_VALUE = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i"}
+
+
+def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tuple[Path, list[str]]:
+    """Hydra's arguments from the user's: the config folder found and checked, every override made to fit any key."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        if name in _FLAGS_WITH_VALUE and not equals:
+            value = next(words, "")
+        if name in ("--config-path", "-cp"):
+            directory = Path(value).resolve()
+        elif name in ("--config-name", "-cn"):
+            config_name = value
+        elif name == "--debug":
+            os.environ["SOLO_DEBUG"] = "1"
+        elif name in _FLAGS_WITH_VALUE:
+            flags += [name, value]
+        else:
+            flags.append(word)
+    if config_name is not None:
+        file = directory / (config_name if config_name.endswith(".yaml") else f"{config_name}.yaml")
+        if not file.is_file():
+            raise ConfigError(f"--config-name {config_name}: {file} does not exist{_nearest_file(file)}")
+        flags += ["--config-name", file.name]
+    multirun = _SWEEP if {"-m", "--multirun"} & set(flags) else []
+    return directory, [*flags, *_QUIET, *multirun, *(_forced(word, directory) for word in overrides)]
+
+
+def _forced(override: str, directory: Path) -> str:
+    """``a.b=c`` as ``++a.b=c``, so that a key the YAML leaves out can be set; the schema judges it afterwards."""
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} is not an override: write key=value")
+    group = directory / key.lstrip("+~").partition("@")[0]
+    if group.is_dir() or key.startswith(("~", "hydra.", "hydra/", "++")):
+        return override
+    return "++" + override.lstrip("+")
+
+
+def _nearest_file(file: Path) -> str:
+    if not file.parent.is_dir():
+        return f" (no folder {file.parent})"
+    names = sorted(path.name for path in file.parent.glob("*.yaml"))
+    near = difflib.get_close_matches(file.name, names, n=1)
+    return f", did you mean {near[0]}?" if near else f" (there: {', '.join(names) or 'no .yaml file'})"
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip())

@@ -1,0 +1,77 @@
+"""The few collectives the library needs. In one process each is the identity."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes in the default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate rows of all ranks; the gradient of the local rows is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        out = x.new_empty(world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of every rank in rank order, with gradient.
+
+    After DDP has averaged the gradients, the result is the gradient of the mean of the ranks' losses.
+
+    Args:
+        x: [B, ...], the same shape on every rank.
+
+    Returns:
+        [world_size * B, ...].
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+@torch.no_grad()
+def gather_uneven(x: Tensor) -> Tensor:
+    """Rows of every rank in rank order when ranks hold different numbers of rows; no gradient.
+
+    Args:
+        x: [B_r, ...], where B_r may differ between ranks.
+
+    Returns:
+        [sum of B_r, ...].
+    """
+    if world_size() == 1:
+        return x
+    sizes = x.new_zeros(world_size(), dtype=torch.long)
+    sizes[rank()] = len(x)
+    dist.all_reduce(sizes)
+    counts = sizes.tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    rows = gather(padded).chunk(world_size())
+    return torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
