@@ -1,0 +1,6 @@
+"""Losses as pure functions of tensors and keyword numbers."""
+
+from solo.losses.all4one import All4OneTerms, all4one_loss_func, feature_loss_func
+from solo.losses.nnclr import nnclr_loss_func
+
+__all__ = ["All4OneTerms", "all4one_loss_func", "feature_loss_func", "nnclr_loss_func"]

@@ -1,0 +1,26 @@
+"""Nearest-neighbour contrastive loss (Dwibedi et al. 2021, https://arxiv.org/abs/2104.14548)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solo.dist import gather, rank
+
+
+def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE of each neighbour against the predictions of the whole global batch (paper, eq. 4).
+
+    ``p`` is gathered over ranks with gradient, ``nn`` stays local; row i's positive is this rank's ``p_i``.
+
+    Args:
+        nn: [B, D] neighbours of one view's projections; normalised here.
+        p: [B, D] predictions of the other view; normalised here.
+        temperature: divides the cosines.
+
+    Returns:
+        Mean loss over the B local rows, a scalar.
+    """
+    nn, p = F.normalize(nn, dim=-1), F.normalize(p, dim=-1)                      # [B, D]
+    logits = nn @ gather(p).T / temperature                                     # [B, world * B]
+    positives = torch.arange(len(nn), device=nn.device) + rank() * len(nn)      # [B]
+    return F.cross_entropy(logits, positives)

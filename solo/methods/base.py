@@ -1,0 +1,146 @@
+"""The contract of a method: an author writes ``Config``, ``__init__`` and ``losses``."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from solo import optim
+from solo.batch import Batch
+from solo.dist import rank
+from solo.errors import ConfigError
+from solo.nn import Queue, Teacher
+from solo.registry import Registry
+from solo.schedules import SchedulerConfig, learning_rate
+
+METHODS: Registry[type["Method"]] = Registry("solo.methods")
+
+
+class Method(pl.LightningModule):
+    """Base of every method.
+
+    Args:
+        backbone: images [B, C, H, W] to features [B, dim], with ``num_features`` = dim.
+        config: an instance of the class's own ``Config`` dataclass.
+
+    Attributes:
+        dim: width of the features.
+        optimizer_config, scheduler_config: the recipe; set them before fitting.
+        seed: with rank, epoch and batch it decides every random number of a step.
+    """
+
+    Config: ClassVar[type]
+    backbone: nn.Module
+
+    def __init__(self, backbone: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.dim = int(backbone.num_features)  # type: ignore[arg-type]
+        self.optimizer_config = optim.OptimizerConfig()
+        self.scheduler_config = SchedulerConfig()
+        self.seed = 5
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """One step's ``"loss"``, the backbone's ``"feats"`` [V * B, dim] of all large views, and scalars to log."""
+        raise NotImplementedError
+
+    def param_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Options per submodule, see `solo.optim.parameter_groups`."""
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, dim] of images."""
+        return self.backbone(x)  # type: ignore[no-any-return]
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimizer steps that are done, 0..1."""
+        return self.trainer.global_step / self._total_steps if self._total_steps else 0.0
+
+    def check(self, global_batch: int) -> None:
+        """Refuse what cannot train.
+
+        Args:
+            global_batch: images per step over all processes.
+
+        Raises:
+            ConfigError: a queue's size is not a multiple of the global batch.
+        """
+        for name, module in self.named_modules():
+            size = len(module.keys) if isinstance(module, Queue) else 0
+            if size % global_batch:
+                below, above = size // global_batch * global_batch, math.ceil(size / global_batch) * global_batch
+                nearest = f"{below} or {above}" if below else str(above)
+                raise ConfigError(f"method_kwargs.{name}_size={size} is not a multiple of the global batch {global_batch}: use {nearest}")
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        """What follows each optimizer step: queues take what was pushed, teachers move.
+
+        Args:
+            progress: share of the run done before this step.
+
+        Returns:
+            The teachers' tau, if there are teachers.
+        """
+        taus = {}
+        for module in self.modules():
+            if isinstance(module, Queue):
+                module.land()
+            elif isinstance(module, Teacher):
+                taus["tau"] = module.update(progress)
+        return taus
+
+    # --- Lightning -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer of the recipe over all parameters with ``requires_grad``; the rate is scaled here, once."""
+        config = self.optimizer_config
+        accumulated = self.trainer.accumulate_grad_batches
+        global_batch = config.batch_size * self.trainer.world_size * accumulated
+        lr = optim.scaled_lr(config.lr, global_batch)
+        rank_zero_info(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
+                       f"{self.trainer.world_size} processes x {accumulated} accumulated)")
+        groups = optim.parameter_groups(self, lr, config.weight_decay, self.param_options(), config.exclude_bias_n_norm_wd)
+        self._base_lrs = [group["lr"] for group in groups]
+        return optim.build(config, groups)
+
+    def on_fit_start(self) -> None:
+        self.check(self.optimizer_config.batch_size * self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        self._total_steps = int(self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # The state of the global generator is a function of where the run is, so there is none to store.
+        words = f"{self.seed}/{rank()}/{self.trainer.current_epoch}/{batch_idx}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest()))
+        self._set_learning_rates()
+
+    def _set_learning_rates(self) -> None:
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):  # type: ignore[union-attr]
+            if group["schedule"]:
+                group["lr"] = learning_rate(self.scheduler_config, self.trainer.global_step, self._total_steps, per_epoch, base)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        outputs = self.losses(batch)
+        outputs["feats"] = outputs["feats"].detach()
+        return outputs
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        progress = self.progress
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step(progress)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return {"feats": self.backbone(batch.views[0]), "labels": batch.labels}

@@ -1,0 +1,43 @@
+"""NNCLR: With a Little Help from My Friends (Dwibedi et al. 2021, https://arxiv.org/abs/2104.14548)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from solo.batch import Batch
+from solo.losses import nnclr_loss_func
+from solo.methods.base import METHODS, Method
+from solo.nn import Queue, mlp, neighbour_accuracy
+
+
+@METHODS.register("nnclr")
+class NNCLR(Method):
+    """Each view predicts the nearest neighbour, in a queue of past embeddings, of the other view."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Published values; ``queue_size`` must be a multiple of the global batch."""
+
+        temperature: float = 0.2
+        proj_hidden_dim: int = 2048
+        proj_output_dim: int = 256
+        pred_hidden_dim: int = 4096
+        queue_size: int = 65536
+
+    def __init__(self, backbone: nn.Module, config: Config) -> None:
+        super().__init__(backbone, config)
+        hidden, out = config.proj_hidden_dim, config.proj_output_dim
+        self.projector = mlp(self.dim, hidden, hidden, out, last_norm=True)
+        self.predictor = mlp(out, config.pred_hidden_dim, out)
+        self.queue = Queue(config.queue_size, out)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
+        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, out]
+        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, out]
+        (n1, y1), (n2, _) = self.queue.nearest(z1), self.queue.nearest(z2)      # [B, 1, out], [B, 1]
+        self.queue.push(z1, batch.labels)
+        t = self.config.temperature
+        loss = (nnclr_loss_func(n1[:, 0], p2, t) + nnclr_loss_func(n2[:, 0], p1, t)) / 2
+        return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y1[:, 0], batch.labels)}

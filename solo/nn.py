@@ -1,0 +1,140 @@
+"""Modules that methods are made of: heads, the queue, the teacher."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solo.dist import gather
+from solo.schedules import cosine
+
+
+def mlp(*dims: int, last_norm: bool = False) -> nn.Sequential:
+    """``Linear, BatchNorm1d, ReLU`` between every two of ``dims``; the last Linear alone, or with BatchNorm1d.
+
+    Args:
+        dims: widths from input to output, e.g. ``mlp(512, 2048, 2048, 256)``.
+        last_norm: end with BatchNorm1d.
+    """
+    layers: list[nn.Module] = []
+    for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):
+        layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()]
+    layers.append(nn.Linear(dims[-2], dims[-1]))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(dims[-1]))
+    return nn.Sequential(*layers)
+
+
+class Queue(nn.Module):
+    """First-in-first-out memory of L2-normalised embeddings and their labels, equal on all ranks.
+
+    A push lands only when `land` is called, after the optimizer step: a lookup never meets the batch it comes from,
+    and however many micro-batches a step accumulates, they see the same queue.
+
+    Args:
+        size: number of rows K.
+        dim: width D.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=-1))                   # [K, D]
+        self.register_buffer("labels", torch.full((size,), -1, dtype=torch.long))                   # [K]
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The k rows with the largest cosine to each row of ``z``, nearest first; constants.
+
+        Args:
+            z: [B, D], normalised here.
+
+        Returns:
+            Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
+        """
+        similarity = F.normalize(z.to(self.keys.dtype), dim=-1) @ self.keys.T                       # [B, K]
+        index = similarity.argmax(1, keepdim=True) if k == 1 else similarity.topk(k).indices        # [B, k]
+        return self.keys[index], self.labels[index]
+
+    @torch.no_grad()
+    def push(self, z: Tensor, labels: Tensor) -> None:
+        """Hand over this step's embeddings of all ranks, in rank order; they land with `land`.
+
+        Args:
+            z: [B, D], normalised here.
+            labels: [B].
+        """
+        self._pending.append((gather(F.normalize(z.to(self.keys.dtype), dim=-1)), gather(labels)))
+
+    @torch.no_grad()
+    def land(self) -> None:
+        """Write what was pushed since the last call over the oldest rows."""
+        for z, labels in self._pending:
+            rows = (self.pointer + torch.arange(len(z), device=z.device)) % len(self.keys)
+            self.keys[rows] = z
+            self.labels[rows] = labels
+            self.pointer.copy_((self.pointer + len(z)) % len(self.keys))
+        self._pending.clear()
+
+
+@dataclass(kw_only=True)
+class Momentum:
+    """Decay of a teacher: tau goes from base to final along half a cosine of the run."""
+
+    base_tau: float = 0.99
+    final_tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("base_tau", "final_tau"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+
+    def tau(self, progress: float) -> float:
+        """The decay at ``progress`` in 0..1."""
+        return cosine(progress, self.base_tau, self.final_tau)
+
+
+class Teacher(nn.Sequential):
+    """Exponential moving average of a chain of modules: parameters follow, BatchNorm statistics are its own.
+
+    Args:
+        students: the modules to follow, applied one after the other.
+        momentum: the schedule of tau.
+    """
+
+    def __init__(self, *students: nn.Module, momentum: Momentum) -> None:
+        super().__init__(*(copy.deepcopy(student) for student in students))
+        self.requires_grad_(False)
+        self.momentum = momentum
+        self._students = students                   # a tuple: not registered twice
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """The chain's output, without gradient."""
+        return super().forward(x)
+
+    @torch.no_grad()
+    def update(self, progress: float) -> float:
+        """theta <- tau theta + (1 - tau) student, in place; returns tau."""
+        tau = self.momentum.tau(progress)
+        students = [parameter for module in self._students for parameter in module.parameters()]
+        torch._foreach_lerp_(list(self.parameters()), students, 1 - tau)
+        return tau
+
+
+def neighbour_accuracy(neighbours: Tensor, labels: Tensor) -> Tensor:
+    """Share of samples whose neighbour has their label, among those where both are known (0 where none is).
+
+    Args:
+        neighbours: [B] labels of the neighbours, -1 where unknown.
+        labels: [B] labels of the samples, -1 where unknown.
+    """
+    known = (neighbours >= 0) & (labels >= 0)
+    return ((neighbours == labels) & known).sum() / known.sum().clamp(min=1)

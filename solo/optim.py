@@ -1,0 +1,186 @@
+"""Optimizers, parameter groups and learning-rate scaling."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from solo.errors import ConfigError
+from solo.registry import Registry
+
+OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry("solo.optimizers")
+
+
+@OPTIMIZERS.register("lars")
+class LARS(Optimizer):
+    """SGD whose gradient is rescaled per tensor to a fraction of the weight's norm (You et al. 2017, arXiv:1708.03888).
+
+    For a weight p with gradient g: ``r = eta |p| / (|g| + wd |p| + eps)``, with ``clip_lr`` ``r = min(r / lr, 1)``;
+    the step uses ``r (g + wd p)``. A zero p or g, and with ``exclude_bias_n_norm`` any tensor of one dimension, gets
+    its plain gradient: no rescaling and no weight decay.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        momentum: 0 keeps no buffer; the buffer starts as the first gradient.
+        weight_decay: L2 coefficient.
+        eta: trust coefficient.
+        clip_lr: never exceed plain SGD's step.
+        exclude_bias_n_norm: leave one-dimensional tensors alone.
+        dampening: of the momentum.
+        nesterov: Nesterov momentum.
+        eps: added to the denominator.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+        clip_lr: bool = False,
+        exclude_bias_n_norm: bool = False,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov needs a momentum and no dampening")
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip_lr=clip_lr,
+                        exclude_bias_n_norm=exclude_bias_n_norm, dampening=dampening, nesterov=nesterov, eps=eps)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; ``closure`` recomputes the loss first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            used = [p for p in group["params"] if p.grad is not None]
+            gradients = [self._scaled(p, p.grad, group) for p in used if p.grad is not None]
+            if group["momentum"]:
+                gradients = [self._with_momentum(p, g, group) for p, g in zip(used, gradients, strict=True)]
+            if used:
+                torch._foreach_add_(used, gradients, alpha=-group["lr"])
+        return loss
+
+    @staticmethod
+    def _scaled(p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        if p.ndim == 1 and group["exclude_bias_n_norm"]:
+            return g
+        p_norm, g_norm = p.norm(), g.norm()
+        ratio = group["eta"] * p_norm / (g_norm + group["weight_decay"] * p_norm + group["eps"])
+        if group["clip_lr"]:
+            ratio = (ratio / group["lr"]).clamp(max=1)
+        return torch.where((p_norm > 0) & (g_norm > 0), ratio * (g + group["weight_decay"] * p), g)
+
+    def _with_momentum(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = g.clone()
+        else:
+            state["momentum_buffer"].mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
+        buffer: Tensor = state["momentum_buffer"]
+        return g + group["momentum"] * buffer if group["nesterov"] else buffer
+
+
+OPTIMIZERS.register("sgd")(SGD)
+OPTIMIZERS.register("adam")(Adam)
+OPTIMIZERS.register("adamw")(AdamW)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimizer of the method; ``lr`` and ``classifier_lr`` hold for a global batch of 256 and are scaled with it.
+
+    ``kwargs`` go to the optimizer's class. ``momentum`` defaults to 0.9 where the optimizer has one.
+    ``exclude_bias_n_norm_wd`` puts tensors of one dimension in groups without weight decay.
+    """
+
+    name: str = "lars"
+    batch_size: int = 256
+    lr: float = 0.4
+    classifier_lr: float = 0.1
+    weight_decay: float = 1e-5
+    exclude_bias_n_norm_wd: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [f"{name} must be {rule}, got {getattr(self, name)}" for name, bad, rule in (
+            ("batch_size", self.batch_size < 1, "at least 1"),
+            ("lr", self.lr <= 0, "positive"),
+            ("classifier_lr", self.classifier_lr <= 0, "positive"),
+            ("weight_decay", self.weight_decay < 0, "at least 0")) if bad]
+        try:
+            known = set(inspect.signature(OPTIMIZERS[self.name]).parameters) - {"params", "lr", "weight_decay"}
+        except ConfigError as error:
+            problems.append(f"name: {error}")
+        else:
+            for key in sorted(set(self.kwargs) - known):
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean optimizer.kwargs.{near[0]}?" if near else f"{self.name} has {', '.join(sorted(known))}"
+                problems.append(f"kwargs.{key} is unknown: {hint}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer over groups made by `parameter_groups`."""
+    optimizer = OPTIMIZERS[config.name]
+    kwargs = dict(config.kwargs)
+    if "momentum" in inspect.signature(optimizer).parameters:
+        kwargs.setdefault("momentum", 0.9)
+    return optimizer(groups, lr=config.lr, weight_decay=config.weight_decay, **kwargs)
+
+
+def scaled_lr(lr: float, global_batch: int) -> float:
+    """Linear scaling rule: a rate stated for a batch of 256, at ``global_batch`` images per optimizer step."""
+    return lr * global_batch / 256
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    options: Mapping[str, Mapping[str, Any]] = {},  # noqa: B006
+    split_one_dimensional: bool = False,
+) -> list[dict[str, Any]]:
+    """One group per direct child that has parameters to train, named after it.
+
+    Args:
+        model: its children become groups; parameters without ``requires_grad`` are left out.
+        lr: rate of every group that ``options`` do not change.
+        weight_decay: likewise.
+        options: child name -> ``{"lr": float}`` (taken as it is, never scaled), ``{"weight_decay": float}``,
+            ``{"schedule": False}``.
+        split_one_dimensional: a second group ``<name>_no_decay`` per child for tensors of one dimension.
+
+    Raises:
+        KeyError: an option names no child with parameters to train.
+    """
+    children = {name: [p for p in child.parameters() if p.requires_grad] for name, child in model.named_children()}
+    children = {name: parameters for name, parameters in children.items() if parameters}
+    if unknown := set(options) - set(children):
+        raise KeyError(f"parameter options for {sorted(unknown)}, but the model trains {sorted(children)}")
+    loose = [name for name, p in model.named_parameters(recurse=False) if p.requires_grad]
+    if loose:
+        raise KeyError(f"parameters {loose} belong to no submodule, so no optimizer group would train them")
+    groups: list[dict[str, Any]] = []
+    for name, parameters in children.items():
+        base = {"lr": lr, "weight_decay": weight_decay, "schedule": True, **options.get(name, {})}
+        if not split_one_dimensional:
+            groups.append({"name": name, "params": parameters, **base})
+            continue
+        many = [p for p in parameters if p.ndim > 1]
+        one = [p for p in parameters if p.ndim <= 1]
+        groups += [{"name": name, "params": many, **base}] if many else []
+        groups += [{"name": f"{name}_no_decay", "params": one, **base, "weight_decay": 0.0}] if one else []
+    return groups

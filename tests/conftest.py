@@ -1,0 +1,47 @@
+"""Golden values and real images are reached by ``SOLO_SHARED`` (default: ``../shared`` beside the repository)."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared"))
+
+
+class Golden(dict[str, torch.Tensor]):
+    """Arrays of one golden file as tensors, and its parameters."""
+
+    params: dict[str, Any]
+
+
+def shared(*parts: str) -> Path:
+    """A file of the shared folder; the test skips where there is none, and fails in CI."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have {'/'.join(parts)}: set SOLO_SHARED")
+        pytest.skip(f"no {'/'.join(parts)} under SOLO_SHARED")
+    return path
+
+
+def load_golden(name: str) -> Golden:
+    with np.load(shared("golden", f"{name}.npz")) as file:
+        golden = Golden({key: torch.from_numpy(np.array(file[key])) for key in file.files if key != "params"})
+        golden.params = json.loads(str(file["params"]))
+    return golden
+
+
+@pytest.fixture
+def golden() -> Callable[[str], Golden]:
+    return load_golden
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    return lambda name: shared("data", name)

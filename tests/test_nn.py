@@ -1,0 +1,113 @@
+"""Queue, teacher and heads against the official code's numbers and their own promises."""
+
+import pytest
+import torch
+from torch import nn
+
+from solo.methods.all4one import positional_code
+from solo.nn import Momentum, Queue, Teacher, mlp, neighbour_accuracy
+
+
+def filled(keys, labels=None):
+    queue = Queue(*keys.shape).to(keys.dtype)
+    queue.keys.copy_(keys)
+    if labels is not None:
+        queue.labels.copy_(labels)
+    return queue
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("number", [0, 1])
+def test_nearest_equals_official(golden, number, dtype):
+    z = golden(f"solo_util_nn_lookup_{number}")
+    queue = filled(z["queue"].to(dtype), z["queue_y"])
+    for k, expected in ((1, z["neighbours"][:, None]), (5, z["all4one_neighbours"])):
+        neighbours, labels = queue.nearest(z["z"].to(dtype), k)
+        torch.testing.assert_close(neighbours, expected.to(dtype), rtol=0, atol=0)
+    assert torch.equal(labels, z["all4one_neighbour_label"])
+    assert torch.equal(queue.nearest(z["z"].to(dtype))[1][:, 0], z["queue_y"][z["idx"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_queue_equals_official_over_a_wrap(golden, dtype):
+    z = golden("solo_util_queue")
+    queue = filled(z["queue_0"].to(dtype), z["queue_y_0"])
+    for i in (1, 2, 3):
+        queue.push(z[f"push_{i - 1}"].to(dtype), z[f"push_y_{i - 1}"])
+        queue.land()
+        # The official push stores rows as given, ours normalises: the file's rows are unit to 1e-4.
+        written = torch.nn.functional.normalize(z[f"queue_{i}"], dim=-1)
+        torch.testing.assert_close(torch.nn.functional.normalize(queue.keys.double(), dim=-1), written, rtol=1e-5, atol=1e-6)
+        assert torch.equal(queue.labels, z[f"queue_y_{i}"])
+        assert queue.pointer.item() == z[f"ptr_{i}"].item()
+
+
+def test_a_query_never_finds_itself_before_landing():
+    queue = Queue(64, 8)
+    for _ in range(20):
+        z = torch.randn(16, 8)
+        queue.push(z, torch.arange(16))
+        found = torch.nn.functional.cosine_similarity(queue.nearest(z)[0][:, 0], z)
+        assert (found < 0.999).all()
+        queue.land()
+        assert torch.nn.functional.cosine_similarity(queue.nearest(z)[0][:, 0], z).allclose(torch.ones(16))
+
+
+def test_queue_is_fifo_whatever_the_batch():
+    queue, history = Queue(10, 4), []
+    for step in range(9):
+        z = torch.randn(3, 4)
+        queue.push(z, torch.full((3,), step))
+        queue.land()
+        history += [step] * 3
+    assert sorted(queue.labels.tolist()) == sorted(history[-10:])
+
+
+def test_teacher_equals_official(golden):
+    z = golden("solo_util_momentum")
+    for i, config in enumerate(z.params["tau_configs"]):
+        momentum = Momentum(base_tau=config["base"], final_tau=config["final"])
+        found = [momentum.tau(t / config["steps"]) for t in range(config["steps"] + 1)]
+        assert found == pytest.approx(z[f"tau_{i}"].tolist(), rel=1e-8)
+    names = ("0.weight", "0.bias", "1.weight", "1.bias")
+    student = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    ema = z.params["ema"]
+
+    def load(t):
+        student.load_state_dict({**student.state_dict(), **{name: z[f"online{t}_{name}"] for name in names}})
+
+    load(0)
+    teacher = Teacher(student, momentum=Momentum(base_tau=ema["base"], final_tau=ema["final"]))
+    storage = [p.data_ptr() for p in teacher.parameters()]
+    for t in range(1, ema["steps"] + 1):
+        load(t)
+        teacher.update((t - 1) / ema["steps"])
+        for name in names:
+            torch.testing.assert_close(teacher.state_dict()[f"0.{name}"], z[f"momentum{t}_{name}"], rtol=1e-9, atol=1e-12)
+    assert storage == [p.data_ptr() for p in teacher.parameters()]
+    assert all(not p.requires_grad for p in teacher.parameters())
+
+
+def test_teacher_keeps_its_own_batch_norm_statistics():
+    student = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    teacher = Teacher(student, momentum=Momentum(base_tau=0.0))
+    student(torch.randn(8, 3))
+    teacher.update(0.0)
+    assert torch.equal(teacher[0][1].running_mean, torch.zeros(2))
+    assert not teacher(torch.randn(8, 3)).requires_grad
+
+
+@pytest.mark.parametrize("dim", [16, 128, 256])
+def test_positional_code_equals_official(golden, dim):
+    torch.testing.assert_close(positional_code(5, dim).double(), golden("solo_util_posenc")[f"enc_{dim}"], rtol=0, atol=5e-6)
+
+
+def test_mlp_shape():
+    kinds = [type(layer).__name__ for layer in mlp(4, 8, 8, 2, last_norm=True)]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+
+
+def test_neighbour_accuracy_leaves_unknown_out():
+    assert neighbour_accuracy(torch.tensor([1, -1, 2, 3]), torch.tensor([1, 1, 0, -1])).item() == 0.5
+    assert neighbour_accuracy(torch.tensor([-1]), torch.tensor([-1])).item() == 0
