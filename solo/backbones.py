@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import timm
-import timm.models.resnet
+import timm.models
 from torch import nn
 
 from solo.errors import ConfigError
@@ -44,7 +44,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
         ConfigError: timm refuses the keyword arguments.
     """
     kwargs = dict(config.kwargs)
-    is_resnet = timm.is_model_in_modules(config.name, ["resnet"])
+    is_resnet = timm.models.is_model_in_modules(config.name, ["resnet"])
     if is_resnet:
         kwargs.setdefault("zero_init_last", False)              # as the published recipes; timm's default is True
     try:
@@ -54,7 +54,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if config.stem == "small" and not is_resnet:
         raise ConfigError(f"backbone.stem=small is for ResNets, not for {config.name}")
     if is_resnet and (config.stem == "small" or (config.stem == "auto" and image_size <= 64)):
-        _small_stem(cast(timm.models.resnet.ResNet, model), in_chans, config.stem_padding)
+        _small_stem(model, in_chans, config.stem_padding)
     expected = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
@@ -62,9 +62,9 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     return cast(nn.Module, model)
 
 
-def _small_stem(model: timm.models.resnet.ResNet, in_chans: int, padding: int) -> None:
+def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:
     """Replace the 7x7 stride-2 stem and its pooling."""
-    width = model.bn1.num_features
-    model.conv1 = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=padding, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    width = cast(nn.BatchNorm2d, model.bn1).num_features
+    conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = conv, nn.Identity()

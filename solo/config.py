@@ -26,19 +26,20 @@ from solo.errors import ConfigError, reported
 T = TypeVar("T")
 
 
-def bind(schema: type[T], values: dict[str, Any], path: str = "") -> T:
+def bind(schema: type[T], values: dict[str, Any], path: str = "", also_known: Iterable[str] = ()) -> T:
     """Build a dataclass from plain values, strictly.
 
     Args:
         schema: the dataclass; nested dataclasses, lists, tuples, dictionaries, ``Literal`` and unions are followed.
         values: what YAML and command line said.
         path: prefix of the key names in errors.
+        also_known: key names of the top level that somebody else binds, offered as suggestions.
 
     Raises:
         ConfigError: one line for each unknown key, wrong type, missing key and refused value.
     """
     problems: list[str] = []
-    bound = _bind_dataclass(schema, values, path, problems)
+    bound = _bind_dataclass(schema, values, path, problems, also_known)
     if problems:
         raise ConfigError("\n".join(problems))
     return typing.cast(T, bound)
@@ -55,21 +56,19 @@ def plain(thing: Any) -> Any:
     return thing
 
 
-def unknown_key(key: str, path: str, schema: type) -> str:
-    """The line for a key the schema does not have, with the nearest one it has, at this level or any other."""
-    full = _join(path, key)
-    siblings = {field.name: _join(path, field.name) for field in dataclasses.fields(schema)}
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
+    """The line for a key that is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     if near:
-        return f"unknown key {full}: did you mean {siblings[near[0]]}?"
-    return f"unknown key {full} (known: {', '.join(siblings)})"
+        return f"unknown key {_join(path, key)}: did you mean {_join(path, near[0])}?"
+    return f"unknown key {_join(path, key)} (known: {', '.join(known)})"
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str]) -> Any:
+def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str], also_known: Iterable[str] = ()) -> Any:
     if dataclasses.is_dataclass(values):
         return values
     if not isinstance(values, dict):
@@ -78,7 +77,7 @@ def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str]) -
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     before = len(problems)
-    problems += [unknown_key(str(key), path, schema) for key in values if key not in fields]
+    problems += [unknown_key(str(key), path, [*fields, *also_known]) for key in values if key not in fields]
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -211,13 +210,17 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
     def decorate(task: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         script_dir = Path(task.__code__.co_filename).resolve().parent
 
+        original = list(sys.argv)
+
         def run(config: DictConfig) -> None:
+            sys.argv[:] = original              # Lightning starts further ranks with this command line
             with reported():
                 task(values(config))
 
         def command() -> None:
             with reported():
-                directory, sys.argv[1:] = _arguments(sys.argv[1:], script_dir / config_path, config_name)
+                directory, arguments = _arguments(original[1:], script_dir / config_path, config_name)
+            sys.argv[1:] = arguments
             hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
 
         return command

@@ -62,3 +62,6 @@ def reported() -> Iterator[None]:
         for line in str(error).splitlines():
             print(f"{error.kind}: {line}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was running yet that could be saved", file=sys.stderr)
+        raise SystemExit(130) from None

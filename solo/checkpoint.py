@@ -1,0 +1,236 @@
+"""The one module that writes and reads checkpoints: tensors and JSON, whole or not at all.
+
+A checkpoint counts when its directory's ``manifest.json`` names it and its SHA-256 matches. It is written to a
+temporary file beside its place, synced, renamed, and only then entered in the manifest, so an interrupted write
+leaves the previous one in force.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from solo.errors import ConfigError, NumericsError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One checkpoint of a manifest; ``keep`` exempts it from pruning."""
+
+    file: str
+    sha256: str
+    step: int
+    epoch: int
+    keep: bool = False
+
+
+def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
+    """Write a file so that its name always holds the old or the new content, whatever happens meanwhile.
+
+    Args:
+        path: the file; its folder is made.
+        write: the content, or a function that writes it.
+
+    Returns:
+        SHA-256 of the content, hexadecimal.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            file.write(write) if isinstance(write, bytes) else write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest_hex = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return digest_hex
+
+
+def _sha256(file: BinaryIO) -> str:
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return _sha256(file)
+
+
+def manifest(folder: str | Path) -> list[Entry]:
+    """The checkpoints of a folder in the order of their steps."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        return sorted((Entry(**row) for row in json.loads(path.read_text())), key=lambda entry: entry.step)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not a manifest of checkpoints ({error}): remove it to start over from scratch") from error
+
+
+def _write_manifest(folder: Path, entries: list[Entry]) -> None:
+    write_file(folder / MANIFEST, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
+
+
+def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) -> None:
+    """Write a checkpoint and enter it in its folder's manifest.
+
+    Args:
+        checkpoint: tensors and plain values; ``global_step`` and ``epoch`` go to the manifest.
+        path: the file.
+        keep: never prune it.
+
+    Raises:
+        NumericsError: a weight is not finite; nothing is written.
+    """
+    path = Path(path)
+    broken = [name for name, value in checkpoint["state_dict"].items() if not _finite(value)]
+    if broken:
+        raise NumericsError(f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
+                            f"first {broken[0]}; the last good checkpoint stays")
+    sha256 = write_file(path, lambda file: torch.save(dict(checkpoint), file))
+    entry = Entry(file=path.name, sha256=sha256, step=int(checkpoint["global_step"]), epoch=int(checkpoint["epoch"]), keep=keep)
+    _write_manifest(path.parent, [other for other in manifest(path.parent) if other.file != path.name] + [entry])
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def prune(folder: str | Path, newest: int = 2) -> None:
+    """Remove all but the newest ones and those to keep; the manifest forgets them first."""
+    folder = Path(folder)
+    entries = manifest(folder)
+    dropped = [entry for entry in entries[:-newest] if not entry.keep]
+    if dropped:
+        _write_manifest(folder, [entry for entry in entries if entry not in dropped])
+        for entry in dropped:
+            (folder / entry.file).unlink(missing_ok=True)
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a folder whose checksum holds, or None where there never was one.
+
+    Raises:
+        ConfigError: there are checkpoints, and each is damaged.
+    """
+    folder = Path(folder)
+    damaged = []
+    for entry in reversed(manifest(folder)):
+        path = folder / entry.file
+        if path.is_file() and digest(path) == entry.sha256:
+            for line in damaged:
+                log.warning("%s; going back to %s", line, path.name)
+            return path
+        damaged.append(f"{path} is {'damaged (its checksum differs)' if path.is_file() else 'missing'}")
+    if damaged:
+        raise ConfigError("\n".join(damaged) + f"\nno valid checkpoint is left in {folder}: start anew with resume=never")
+    return None
+
+
+def resolve(path: str | Path, key: str = "checkpoint") -> Path:
+    """A checkpoint file from what a user named: the file itself, or a run's directory for its newest one.
+
+    Raises:
+        ConfigError: there is nothing of the kind.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (path / "checkpoints", path):
+            if found := newest(folder):
+                return found
+        raise ConfigError(f"{key}={path} holds no checkpoint")
+    near = sorted(str(other) for other in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    raise ConfigError(f"{key}={path} does not exist" + (f" (there: {', '.join(near)})" if near else ""))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this library onto the CPU, never running code from it.
+
+    Raises:
+        ConfigError: missing, damaged, or holding anything but tensors and plain values.
+    """
+    path = resolve(path)
+    expected = {entry.file: entry.sha256 for entry in manifest(path.resolve().parent)}.get(path.resolve().name)
+    if expected is not None and digest(path) != expected:
+        raise ConfigError(f"{path} is damaged: its checksum differs from {MANIFEST}")
+    content = read_tensors(path)
+    if not isinstance(content.get("solo"), str) or "state_dict" not in content:
+        raise ConfigError(f"{path} is not a checkpoint of solo")
+    return content
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Load any file of tensors and plain values written by ``torch.save``, never running code from it.
+
+    Raises:
+        ConfigError: the file is damaged or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ConfigError(f"{path} is damaged: checksum of {broken} differs")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:      # the unpickler and the zip reader raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path} cannot be loaded as tensors and plain values: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def misfit(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting a model's: missing, unexpected and differently shaped keys; or nothing."""
+    missing, unexpected = sorted(set(model) - set(state)), sorted(set(state) - set(model))
+    shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(model[key].shape)}"
+              for key in sorted(set(model) & set(state)) if state[key].shape != model[key].shape]
+    parts = ((f"missing {len(missing)}", missing), (f"unexpected {len(unexpected)}", unexpected), ("shape of", shapes))
+    return "; ".join(f"{title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for title, keys in parts if keys)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's door to this module. Its own writer may destroy the good file when it is interrupted."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(checkpoint, path, keep=bool((storage_options or {}).get("keep")))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)

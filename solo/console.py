@@ -1,0 +1,23 @@
+"""What a command tells its user: plain lines on standard output, from rank 0 only."""
+
+import logging
+import os
+import warnings
+
+log = logging.getLogger("solo")
+
+
+def say(text: str) -> None:
+    """Tell the user something, once for all ranks."""
+    if not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))):
+        log.info(text)
+
+
+def quiet_libraries() -> None:
+    """For commands: show this library's own lines and silence the chatter of those below it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="torch.distributed")

@@ -1,0 +1,174 @@
+"""The schema of an experiment: every key a YAML file or a command line may hold."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+
+from solo.backbones import BackboneConfig
+from solo.callbacks.checkpoint import CheckpointConfig
+from solo.callbacks.health import HealthConfig
+from solo.callbacks.knn import KNNConfig
+from solo.callbacks.probe import ProbeConfig
+from solo.compat import translate
+from solo.config import bind, plain
+from solo.console import say
+from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
+from solo.data.views import View
+from solo.errors import ConfigError
+from solo.eval.report import ReportConfig
+from solo.methods import METHODS
+from solo.nn import Momentum
+from solo.optim import OptimizerConfig
+from solo.schedules import SchedulerConfig
+
+# Trainer arguments that a run decides itself.
+_OWNED = {"self", "logger", "callbacks", "plugins", "enable_checkpointing", "use_distributed_sampler", "default_root_dir",
+          "enable_progress_bar", "model_registry", "trainer"}
+TRAINER_ARGUMENTS = frozenset(inspect.signature(pl.Trainer.__init__).parameters) - _OWNED
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases; needs the extra ``wandb``."""
+
+    enabled: bool = False
+    project: str = "solo"
+    entity: str | None = None
+    offline: bool = False
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """A whole run.
+
+    ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher.
+    ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
+    """
+
+    method: str
+    name: str | None = None
+    method_kwargs: Any = field(default_factory=dict)
+    momentum: dict[str, Any] | None = None
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentations: list[View]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    resume: str = "auto"
+    loggers: list[Literal["csv", "tensorboard", "mlflow", "comet"]] = field(default_factory=lambda: ["csv", "tensorboard"])
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 5
+    extra: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
+            problems.append(f"name may hold letters, digits, '_', '.' and '-', got {self.name!r}")
+        if sum(view.num_crops for view in self.augmentations) < 1:
+            problems.append("augmentations must list at least one view")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `experiment` accepts again."""
+        content: dict[str, Any] = plain(self)
+        trainer = content.pop("trainer")
+        return {**content, **trainer}
+
+    def run_dir(self, global_batch: int) -> Path:
+        """``<checkpoint.dir>/<name>-<hash>``: the hash covers whatever changes what is learned.
+
+        Args:
+            global_batch: images per step over all processes; stands for devices, nodes and ``optimizer.batch_size``.
+        """
+        content = self.to_json()
+        for key in ("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra", *_NOT_LEARNED):
+            content.pop(key, None)
+        for block, key in (("data", "num_workers"), ("data", "timeout"), ("data", "download"), ("data", "val_path"),
+                           ("optimizer", "batch_size")):
+            content[block].pop(key, None)
+        text = json.dumps({**content, "global_batch": global_batch}, sort_keys=True)
+        return Path(self.checkpoint.dir) / f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def title(self) -> str:
+        """The run's name: given, or method and dataset."""
+        return self.name or f"{self.method.rpartition(':')[2]}-{self.data.dataset.rpartition(':')[2]}"
+
+
+# Trainer arguments that do not change what is learned.
+_NOT_LEARNED = ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler",
+                "limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval",
+                "num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones")
+
+
+def experiment(values: dict[str, Any]) -> Experiment:
+    """Bind a composed config, strictly.
+
+    Raises:
+        ConfigError: one line for everything that is wrong with it.
+    """
+    values, ignored = translate(values)
+    for line in ignored:
+        say(line)
+    problems: list[str] = []
+    trainer = {key: values.pop(key) for key in list(values) if key in TRAINER_ARGUMENTS}
+    owned = [key for key in values if key in _OWNED]
+    problems += [f"{key} is decided by the run itself and cannot be set" for key in owned]
+    values = {key: value for key, value in values.items() if key not in owned}
+    given = values.pop("method_kwargs", None) or {}
+    momentum = values.pop("momentum", None)
+    bound: Experiment | None = None
+    try:
+        bound = bind(Experiment, values, also_known=[*TRAINER_ARGUMENTS, "method_kwargs", "momentum"])
+    except ConfigError as error:
+        problems += str(error).splitlines()
+    kwargs = _method_kwargs(values.get("method"), given, momentum, problems)
+    problems += _unknown_dataset(values)
+    if problems or bound is None:
+        raise ConfigError("\n".join(problems))
+    return dataclasses.replace(bound, method_kwargs=kwargs, momentum=momentum, trainer=trainer)
+
+
+def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) -> Any:
+    if not isinstance(method, str):
+        return None
+    try:
+        schema = METHODS[method].Config
+        accepts = "momentum" in {f.name for f in dataclasses.fields(schema)}
+        if momentum is not None and not accepts:
+            bind(Momentum, momentum, "momentum")                    # it must at least be right
+            say(f"momentum is ignored: {method} has no teacher")
+        elif momentum is not None:
+            given = {**given, "momentum": bind(Momentum, momentum, "momentum")}
+        return bind(schema, given, "method_kwargs")
+    except ConfigError as error:
+        prefix = "" if str(error).startswith(("method_kwargs", "unknown key", "missing key", "momentum")) else "method: "
+        problems += [prefix + line for line in str(error).splitlines()]
+        return None
+
+
+def _unknown_dataset(values: dict[str, Any]) -> list[str]:
+    data = values.get("data")
+    name = data.get("dataset") if isinstance(data, dict) else None
+    if not isinstance(name, str):
+        return []
+    try:
+        DATASETS[name]
+    except ConfigError as error:
+        return [f"data.dataset: {error}"]
+    return []

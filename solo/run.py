@@ -1,0 +1,244 @@
+"""An experiment from its config to its last checkpoint."""
+
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from solo import backbones, checkpoint, optim
+from solo.callbacks.checkpoint import Checkpointer
+from solo.callbacks.health import Health
+from solo.callbacks.knn import KNNCallback
+from solo.callbacks.metrics import MetricsLogger
+from solo.callbacks.probe import OnlineProbe
+from solo.callbacks.progress import RunProgress
+from solo.config import load
+from solo.console import quiet_libraries, say
+from solo.data.datasets import DATASETS
+from solo.data.module import DataModule
+from solo.errors import ConfigError, EnvironmentFault
+from solo.eval.report import report
+from solo.experiment import Experiment, experiment
+from solo.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+        method: the trained method.
+        run_dir: its directory.
+        checkpoint: its last checkpoint, None when saving is off.
+    """
+
+    method: Method
+    run_dir: Path
+    checkpoint: Path | None
+
+
+def library_version() -> str:
+    """The installed version, or ``0`` when the package runs from its folder."""
+    try:
+        return version("solo-ssl")
+    except PackageNotFoundError:
+        return "0"
+
+
+def build(config: str | Path | dict[str, Any] | Experiment, overrides: Iterable[str] = ()) -> Method:
+    """The method an experiment trains, freshly initialised from its seed.
+
+    Args:
+        config: a YAML file, its plain values, or a bound experiment.
+        overrides: ``key=value`` texts, for a YAML file.
+
+    Raises:
+        ConfigError: one line for everything that is wrong.
+    """
+    if isinstance(config, (str, Path)):
+        config = load(config, overrides)
+    if isinstance(config, dict):
+        config = experiment(config)
+    return _method(config, _in_chans(config))
+
+
+def _in_chans(config: Experiment) -> int:
+    return config.data.in_chans or DATASETS[config.data.dataset].in_chans
+
+
+def _method(config: Experiment, in_chans: int) -> Method:
+    pl.seed_everything(config.seed, verbose=False)
+    image_size = max(view.crop_size for view in config.augmentations)
+    backbone = backbones.build(config.backbone, in_chans, image_size)
+    method = METHODS[config.method](backbone, config.method_kwargs)
+    method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
+    return method
+
+
+def pretrain(config: Experiment) -> Result:
+    """Train, or continue the training that this config's directory holds, and report.
+
+    Raises:
+        ConfigError, DataError, EnvironmentFault: before anything is trained.
+        NumericsError: a loss stopped being finite.
+        Interrupted: a signal came; the state is saved.
+    """
+    processes = world_size(config.trainer)
+    global_batch = config.optimizer.batch_size * processes
+    run_dir = config.run_dir(global_batch)
+    method = _method(config, _in_chans(config))
+    method.check(global_batch)
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    data.report_dir = run_dir
+    start = _start(config, run_dir, method)
+    trainer = _trainer(config, run_dir, data, method, global_batch)
+    if start is not None and _complete(start, trainer):
+        say(f"{run_dir} is complete: nothing to train (resume=never starts anew)")
+        method.load_state_dict(checkpoint.read(start)["state_dict"])
+    else:
+        _write_config(config, run_dir)
+        trainer.fit(method, datamodule=data, ckpt_path=start)
+    if data.bad.count:
+        say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
+    last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
+    if config.report.enabled and trainer.is_global_zero and trainer.world_size == 1:
+        report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
+    return Result(method, run_dir, last)
+
+
+def world_size(trainer: dict[str, Any]) -> int:
+    """Processes that Lightning will start for these Trainer arguments.
+
+    Raises:
+        EnvironmentFault: there are fewer devices.
+    """
+    devices, accelerator = trainer.get("devices", "auto"), trainer.get("accelerator", "auto")
+    gpus = torch.cuda.device_count()
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
+    if accelerator in ("gpu", "cuda") and not gpus:
+        raise EnvironmentFault("accelerator=gpu, but this machine has no usable GPU: use accelerator=cpu or accelerator=auto")
+    numbers = [int(n) for n in devices.split(",")] if isinstance(devices, str) and "," in devices else devices
+    if isinstance(numbers, list):
+        missing = [n for n in numbers if on_gpu and not 0 <= n < gpus]
+        count = len(numbers)
+    else:
+        every = numbers in ("auto", -1, "-1")
+        count = (gpus if on_gpu else 1) if every else int(numbers)
+        missing = list(range(gpus, count)) if on_gpu else []
+    if missing or count < 1:
+        raise EnvironmentFault(f"devices={devices}, but this machine has {gpus} GPUs: use devices={max(gpus, 1)} or fewer")
+    return count * int(trainer.get("num_nodes", 1))
+
+
+def _start(config: Experiment, run_dir: Path, method: Method) -> Path | None:
+    """The checkpoint to continue from. "From scratch" is a decision, never a fallback."""
+    folder = run_dir / "checkpoints"
+    if config.resume == "never":
+        if _rank() == 0 and run_dir.exists():
+            old = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.old{n}")).exists())
+            run_dir.rename(old)
+            say(f"resume=never: starting anew; the earlier run is now {old}")
+        return None
+    start = checkpoint.newest(folder) if config.resume == "auto" else checkpoint.resolve(config.resume, "resume")
+    if start is None:
+        return None
+    content = checkpoint.read(start)
+    written = json.loads(content["solo"])["method"]
+    if written != config.method:
+        raise ConfigError(f"{start} was written by method {written!r}, but method={config.method}")
+    if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
+        raise ConfigError(f"{start} does not fit this model: {problem}")
+    say(f"continuing {start} (epoch {content['epoch']}, step {content['global_step']})")
+    return start
+
+
+def _complete(start: Path, trainer: pl.Trainer) -> bool:
+    content = checkpoint.read(start)
+    progress = content["loops"]["fit_loop"]
+    done = progress["epoch_progress"]["current"]["completed"]
+    return done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0
+
+
+def _rank() -> int:
+    """This process's rank, known from the environment before the processes have met."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _write_config(config: Experiment, run_dir: Path) -> None:
+    if _rank() == 0:
+        checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
+
+
+def _trainer(config: Experiment, run_dir: Path, data: DataModule, method: Method, global_batch: int) -> pl.Trainer:
+    arguments = {"max_epochs": 100, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "enable_model_summary": False, **config.trainer}
+    if world_size(config.trainer) > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
+        arguments["strategy"] = _ddp()
+    classes = data.spec.classes
+    provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
+    callbacks: list[pl.Callback] = []
+    if config.health.enabled:
+        callbacks.append(Health(config.health))
+    if config.probe.enabled and classes > 1:
+        accumulated = int(arguments.get("accumulate_grad_batches", 1))
+        lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch * accumulated)
+        callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
+    if config.knn.enabled and classes > 1:
+        callbacks.append(KNNCallback(classes, config.knn))
+    callbacks += [MetricsLogger(), RunProgress(), Checkpointer(config.checkpoint, run_dir, provenance)]
+    plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    try:
+        return pl.Trainer(**arguments, callbacks=callbacks, logger=_loggers(config, run_dir), plugins=plugins,
+                          use_distributed_sampler=False, default_root_dir=run_dir)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def _ddp() -> DDPStrategy:
+    """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
+    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    quiet: dict[str, Any] = {silent: False}
+    return DDPStrategy(find_unused_parameters=False, **quiet)
+
+
+def _loggers(config: Experiment, run_dir: Path) -> list[Logger]:
+    names = [*config.loggers, *(["wandb"] if config.wandb.enabled else [])]
+    return [_logger(name, config, run_dir) for name in names]
+
+
+def _logger(name: str, config: Experiment, run_dir: Path) -> Logger:
+    """A Lightning logger by its short name, writing below the run's directory where it can."""
+    if name == "csv":           # each start writes a version of its own: Lightning's logger deletes what it finds
+        return pl.loggers.CSVLogger(run_dir, name="csv")
+    if name == "tensorboard":
+        return pl.loggers.TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
+    package = {"comet": "comet_ml"}.get(name, name)
+    if find_spec(package) is None:
+        raise EnvironmentFault(f"loggers: {name} needs the package {package}: pip install {package}")
+    if name == "wandb":
+        return pl.loggers.WandbLogger(name=config.title, project=config.wandb.project, entity=config.wandb.entity,
+                                      offline=config.wandb.offline, save_dir=run_dir)
+    loggers: dict[str, type[Logger]] = {"mlflow": pl.loggers.MLFlowLogger, "comet": pl.loggers.CometLogger}
+    return loggers[name]()
+
+
+def main(values: dict[str, Any]) -> None:
+    """``main_pretrain.py``: bind, train, say where things are."""
+    quiet_libraries()
+    config = experiment(values)
+    result = pretrain(config)
+    say(f"checkpoint: {result.checkpoint}\nrun directory: {result.run_dir}")
