@@ -147,7 +147,10 @@ def newest(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     damaged = []
-    for entry in reversed(manifest(folder)):
+    entries = manifest(folder)
+    if not entries and (strays := sorted(path.name for path in folder.glob("*.ckpt"))):
+        log.warning("%s: %s not named by %s (an interrupted write?): ignored", folder, ", ".join(strays), MANIFEST)
+    for entry in reversed(entries):
         path = folder / entry.file
         if path.is_file() and digest(path) == entry.sha256:
             for line in damaged:

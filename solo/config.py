@@ -210,17 +210,16 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
     def decorate(task: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         script_dir = Path(task.__code__.co_filename).resolve().parent
 
-        original = list(sys.argv)
-
-        def run(config: DictConfig) -> None:
-            sys.argv[:] = original              # Lightning starts further ranks with this command line
-            with reported():
-                task(values(config))
-
         def command() -> None:
+            original = list(sys.argv)
+
+            def run(config: DictConfig) -> None:
+                sys.argv[:] = original          # Lightning starts further ranks with this command line
+                with reported():
+                    task(values(config))
+
             with reported():
-                directory, arguments = _arguments(original[1:], script_dir / config_path, config_name)
-            sys.argv[1:] = arguments
+                directory, sys.argv[1:] = _arguments(original[1:], script_dir / config_path, config_name)
             hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
 
         return command

@@ -41,7 +41,9 @@ class Pretrained:
     sha256: str
 
 
-def load_backbone(path: str | Path, backbone: str | Mapping[str, Any] | None = None, image_size: int | None = None) -> nn.Module:
+def load_backbone(
+    path: str | Path, backbone: str | Mapping[str, Any] | None = None, image_size: int | None = None
+) -> nn.Module:
     """The backbone of a checkpoint, in eval mode: images [B, C, H, W] to features [B, dim].
 
     Args:

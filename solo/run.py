@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from solo import backbones, checkpoint, optim
 from solo.callbacks.checkpoint import Checkpointer
-from solo.callbacks.health import Health
+from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.probe import OnlineProbe
@@ -104,8 +104,9 @@ def pretrain(config: Experiment) -> Result:
     data.report_dir = run_dir
     start = _start(config, run_dir, method)
     trainer = _trainer(config, run_dir, data, method, global_batch)
-    if start is not None and _complete(start, trainer):
-        say(f"{run_dir} is complete: nothing to train (resume=never starts anew)")
+    complete = start is not None and _complete(start, trainer)
+    if start is not None and complete:
+        say(f"{run_dir} is complete: nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
         method.load_state_dict(checkpoint.read(start)["state_dict"])
     else:
         _write_config(config, run_dir)
@@ -113,7 +114,7 @@ def pretrain(config: Experiment) -> Result:
     if data.bad.count:
         say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
     last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
-    if config.report.enabled and trainer.is_global_zero and trainer.world_size == 1:
+    if config.report.enabled and trainer.world_size == 1 and not (complete and (run_dir / "report.png").exists()):
         report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
 
@@ -187,9 +188,7 @@ def _trainer(config: Experiment, run_dir: Path, data: DataModule, method: Method
         arguments["strategy"] = _ddp()
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
-    callbacks: list[pl.Callback] = []
-    if config.health.enabled:
-        callbacks.append(Health(config.health))
+    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
     if config.probe.enabled and classes > 1:
         accumulated = int(arguments.get("accumulate_grad_batches", 1))
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch * accumulated)

@@ -51,6 +51,8 @@ class All4One(Method):
             if not 2 <= self.neighbours <= self.queue_size:
                 raise ValueError(f"neighbours must lie between 2 and queue_size, got {self.neighbours}")
 
+    position: Tensor
+
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)
         hidden, out = config.proj_hidden_dim, config.proj_output_dim

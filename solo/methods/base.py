@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from solo import optim
 from solo.batch import Batch
+from solo.console import say
 from solo.dist import rank
 from solo.errors import ConfigError
 from solo.nn import Queue, Teacher
@@ -105,7 +105,7 @@ class Method(pl.LightningModule):
         accumulated = self.trainer.accumulate_grad_batches
         global_batch = config.batch_size * self.trainer.world_size * accumulated
         lr = optim.scaled_lr(config.lr, global_batch)
-        rank_zero_info(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
+        say(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
                        f"{self.trainer.world_size} processes x {accumulated} accumulated)")
         groups = optim.parameter_groups(self, lr, config.weight_decay, self.param_options(), config.exclude_bias_n_norm_wd)
         self._base_lrs = [group["lr"] for group in groups]

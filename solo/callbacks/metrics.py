@@ -1,0 +1,70 @@
+"""Train metrics from the device to the loggers, with one host sync per logged step."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from solo.batch import Batch
+from solo.dist import all_reduce, world_size
+
+
+@runtime_checkable
+class StepScalars(Protocol):
+    """A callback that measures something on train batches; an empty dictionary means: not this time."""
+
+    step_scalars: dict[str, Tensor]
+
+
+class MetricsLogger(Callback):
+    """Sends ``train/<name>`` for every scalar of ``outputs`` and of the callbacks (`StepScalars`), and ``train/lr``.
+
+    Values are means over the batches since the last report and over ranks; a report is made every
+    ``trainer.log_every_n_steps`` optimizer steps and after the last one.
+
+    Attributes:
+        last: values of the last report.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._reported = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reported = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._add("loss", outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning divided it
+        for name, value in outputs.items():
+            if name != "loss":
+                self._add(name, value)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepScalars):
+                for name, value in callback.step_scalars.items():
+                    self._add(name, value)
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step != self._reported and ((every and step % every == 0) or step == trainer.estimated_stepping_batches):
+            self._report(trainer)
+
+    def _add(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return
+        value = value.detach().float().reshape(())
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        names = sorted(self._sums)
+        sums = all_reduce(torch.stack([self._sums[name] for name in names]))
+        counts = [self._counts[name] * world_size() for name in names]
+        self.last = {name: total / count for name, total, count in zip(names, sums.tolist(), counts, strict=True)}
+        self.last["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self._sums, self._counts, self._reported = {}, {}, trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{name}": value for name, value in self.last.items()}, step=trainer.global_step)

@@ -1,0 +1,139 @@
+"""Where the run is and how fast it goes: a live bar on a terminal, one line per epoch elsewhere."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich import progress_bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from solo.batch import Batch
+from solo.callbacks.metrics import MetricsLogger
+
+
+class RunProgress(ProgressBar):
+    """Epoch, step, loss, images/s, share of time spent waiting for data, time left, last validation metrics.
+
+    The train loss is the last one of the trainer's `MetricsLogger`. Put it after the callbacks that work on train
+    batches: what follows it in a step is counted as waiting for data.
+
+    Args:
+        console: where to print; by default stdout.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.metrics: MetricsLogger | None = None
+        self.console = console or Console()
+        self._enabled = True
+        self._live: Live | None = None
+        self._epoch_number, self._batch, self._validating = 0, 0, False
+        self._images, self._waited, self._busy = 0, 0.0, 0.0
+        self._validation: dict[str, float] = {}
+        self._mark = self._began = time.monotonic()
+        self._first_step = 0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        self.console.print(*args, **kwargs)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self.metrics = next((callback for callback in callbacks if isinstance(callback, MetricsLogger)), None)
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mark = self._began = time.monotonic()
+        self._first_step = trainer.global_step
+        if self._enabled and (self.console.is_jupyter or self.console.file.isatty()):
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8)
+            self._live.start()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_number, self._batch = trainer.current_epoch + 1, 0
+        self._images, self._waited, self._busy = 0, 0.0, 0.0
+        self._mark = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waited += self._lap()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._busy += self._lap()
+        self._images += len(batch.labels) * trainer.world_size
+        self._batch = batch_idx + 1
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = not trainer.sanity_checking
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = False
+        self._mark = time.monotonic()
+
+    def _lap(self) -> float:
+        before, self._mark = self._mark, time.monotonic()
+        return self._mark - before
+
+    # --- showing ---------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validation = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()
+                            if name.startswith("val/") and not name.endswith("acc5")}
+        if self._enabled and self._live is None:
+            line = f"{self._epoch()} · step {trainer.global_step} · {self._numbers()}"
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _render(self) -> RenderableType:
+        row = Table.grid(padding=(0, 1), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        total = self.total_train_batches
+        bar = progress_bar.ProgressBar(total=total, completed=self._batch)
+        row.add_row(f"[bold]{self._epoch()}", bar, "validating" if self._validating else f"{self._batch}/{total}")
+        return Group(row, Text(self._numbers(), style="cyan"))
+
+    def _epoch(self) -> str:
+        last = self.trainer.max_epochs
+        return f"epoch {self._epoch_number}" + (f"/{last}" if last and last > 0 else "")
+
+    def _numbers(self) -> str:
+        seconds = self._waited + self._busy
+        last = self.metrics.last if self.metrics else {}
+        parts = [f"loss {last['loss']:.4g}"] if "loss" in last else []
+        if self._images and seconds:
+            parts += [f"{self._images / seconds:,.0f} images/s", f"data wait {100 * self._waited / seconds:.0f} %"]
+        parts += [f"left {self._left()}"]
+        parts += [f"{name} {value:.1f}" for name, value in self._validation.items()]
+        return " · ".join(parts)
+
+    def _left(self) -> str:
+        step, total = self.trainer.global_step, self.trainer.estimated_stepping_batches
+        if step <= self._first_step or total == float("inf"):
+            return "?"
+        seconds = (time.monotonic() - self._began) * (total - step) / (step - self._first_step)
+        return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,88 @@
+"""Unreadable images: replaced, named once, counted, and too many of them an error."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from solo.data.random import integers
+from solo.data.sources import BadImage, Source
+from solo.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_TRIES = 100
+_STAND_IN = 0x7375627374
+
+
+def stand_in(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
+    """The image shown in the place of unreadable image ``index``: a pure function of the words, never itself if n > 1."""
+    step = int(integers(max(n - 1, 1), _STAND_IN, seed, epoch, index, attempt)[0])
+    return (index + 1 + step) % n
+
+
+def load_or_replace(source: Source, seed: int, epoch: int, index: int) -> tuple[int, np.ndarray, list[tuple[int, str]]]:
+    """Image ``index`` or its stand-in: the index shown, its pixels, and (index, reason) of every image that failed.
+
+    Raises:
+        DataError: no readable image among the stand-ins tried.
+    """
+    failed: list[tuple[int, str]] = []
+    shown = index
+    for attempt in range(_TRIES):
+        try:
+            return shown, source.load(shown), failed
+        except BadImage as error:
+            failed.append((shown, str(error)))
+            shown = stand_in(seed, epoch, index, attempt, len(source))
+    raise DataError(f"{_TRIES} images tried in the place of {source.name(index)}, none can be read: {failed[0][1]}")
+
+
+class BadImages:
+    """The unreadable images of one source met so far.
+
+    Args:
+        limit: largest accepted share of the source.
+        report_dir: where ``bad_images.txt`` is written when there are more, or nowhere.
+    """
+
+    def __init__(self, source: Source, limit: float, report_dir: Path | None = None) -> None:
+        self._source, self._limit = source, limit
+        self.report_dir = report_dir
+        self._reasons: dict[int, str] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._reasons)
+
+    @property
+    def names(self) -> list[str]:
+        """In dataset order."""
+        return [self._source.name(i) for i in sorted(self._reasons)]
+
+    @property
+    def index(self) -> list[int]:
+        return sorted(self._reasons)
+
+    def add(self, failed: Iterable[tuple[int, str]]) -> None:
+        """Take note of (index, reason) pairs; each image is logged once.
+
+        Raises:
+            DataError: more than the accepted share is unreadable.
+        """
+        for index, reason in failed:
+            if index not in self._reasons:
+                self._reasons[index] = reason
+                log.warning("unreadable image %s (%s): replaced by another one", self._source.name(index), reason)
+        if self.count > self._limit * len(self._source):
+            raise DataError(self._verdict())
+
+    def _verdict(self) -> str:
+        share = f"{self.count} of {len(self._source)} images cannot be read, more than data.max_bad_fraction={self._limit:g}"
+        if self.report_dir is None:
+            return f"{share}; the first: {', '.join(self.names[:3])}"
+        path = Path(self.report_dir) / "bad_images.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{self._source.name(i)}\t{self._reasons[i]}\n" for i in self.index), encoding="utf-8")
+        return f"{share}; listed in {path}"

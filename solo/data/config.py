@@ -1,0 +1,66 @@
+"""The ``data`` block of an experiment."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how they are fed.
+
+    Attributes:
+        dataset: a row of `solo.data.datasets.DATASETS`.
+        train_path: folder or file of the training images; embedded datasets need none.
+        val_path: the same for validation; null: the dataset's own test part, or a ``val`` folder beside ``train``.
+        engine: ``fast`` (in memory, batched; images up to 64 px of one size), ``torchvision`` (worker processes) or
+            ``auto``: fast where it can.
+        num_workers: worker processes of the torchvision engine.
+        download: let torchvision fetch the dataset into ``train_path``.
+        no_labels: read an image folder without classes, whatever its folders are called.
+        fraction: share of the training images to use, drawn per class without replacement.
+        train_size: number of training images to use, the first of each class in proportion; for ``fake`` its size.
+        size, mean, std, in_chans: override the dataset's row (``size`` draws ``fake``; ``in_chans`` 1 reads in grey).
+        classes: number of classes of ``fake``.
+        max_bad_fraction: a larger share of unreadable images stops the run.
+        timeout: seconds a worker may take for one batch before the run stops.
+    """
+
+    dataset: str = "digits"
+    train_path: str | None = None
+    val_path: str | None = None
+    engine: Literal["auto", "fast", "torchvision"] = "auto"
+    num_workers: int = 4
+    download: bool = False
+    no_labels: bool = False
+    fraction: float = 1.0
+    train_size: int | None = None
+    size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    in_chans: int | None = None
+    classes: int = 10
+    max_bad_fraction: float = 0.01
+    timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_workers < 0:
+            problems.append(f"num_workers must not be negative, got {self.num_workers}")
+        if not 0 < self.fraction <= 1:
+            problems.append(f"fraction must lie in (0, 1], got {self.fraction}")
+        for name in ("train_size", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} must be at least 1, got {value}")
+        if self.in_chans not in (None, 1, 3):
+            problems.append(f"in_chans must be 1 or 3, got {self.in_chans}")
+        if self.classes < 1:
+            problems.append(f"classes must be at least 1, got {self.classes}")
+        if self.std is not None and min(self.std, default=0) <= 0:
+            problems.append(f"std must hold positive numbers, got {self.std}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            problems.append(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}")
+        if self.timeout <= 0:
+            problems.append(f"timeout must be positive, got {self.timeout}")
+        if problems:
+            raise ValueError("\n".join(problems))

@@ -1,0 +1,184 @@
+"""One row per dataset: classes, size, statistics, and how it is opened."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torchvision.datasets
+from filelock import FileLock
+
+from solo.data.config import DataConfig
+from solo.data.digits import cluttered_digits, digits
+from solo.data.sources import (
+    ArraySource,
+    EncodedSource,
+    FakeSource,
+    FolderSource,
+    Source,
+    check_directory,
+    convert_channels,
+)
+from solo.errors import ConfigError
+from solo.registry import Registry
+
+Opener = Callable[[DataConfig, bool], Source | None]
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset's facts.
+
+    Attributes:
+        classes: number of classes; 0 in a row whose images tell, and for unlabelled images.
+        size: side of its images, or the usual crop where they vary, in pixels.
+        mean, std: per channel, of pixels in 0..1.
+        open: ``open(config, train)``; ``None`` when there is no such part.
+    """
+
+    name: str
+    classes: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    open: Opener
+    in_chans: int = 3
+
+
+DATASETS: Registry[DatasetSpec] = Registry("solo.datasets")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def _add(
+    name: str,
+    classes: int,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    open: Opener,
+) -> None:
+    DATASETS.register(name)(DatasetSpec(name, classes, size, mean, std, open))
+
+
+def _embedded(draw: Callable[[bool], ArraySource]) -> Opener:
+    def open(config: DataConfig, train: bool) -> Source:
+        source = draw(train)
+        source.images = convert_channels(source.images, config.in_chans or 3)
+        return source
+
+    return open
+
+
+def _fake(config: DataConfig, train: bool) -> Source:
+    n = (config.train_size or 1024) if train else 256
+    return FakeSource(n, config.size or 32, config.classes, config.in_chans or 3, seed=1 if train else 2)
+
+
+def _required(config: DataConfig, what: str) -> Path:
+    if config.train_path is None:
+        raise ConfigError(f"data.train_path is missing: data.dataset={config.dataset} needs {what}")
+    return Path(config.train_path)
+
+
+def _torchvision(dataset: Callable[..., Any], train: dict[str, Any], test: dict[str, Any]) -> Opener:
+    """Opener of a torchvision dataset that keeps its images as one array in ``data``."""
+
+    def open(config: DataConfig, train_part: bool) -> Source:
+        root = _required(config, "the folder that holds it, or is to hold it with data.download=true")
+        key = "data.train_path"
+        if not train_part and config.val_path is not None:
+            root, key = Path(config.val_path), "data.val_path"
+        if root.is_file():
+            raise ConfigError(f"{key}={root} is a file; give the folder that holds {config.dataset}")
+        try:
+            if config.download:
+                root.mkdir(parents=True, exist_ok=True)
+                with FileLock(root / ".download.lock"):  # one process of a node fetches, the others find it there
+                    data = dataset(str(root), **(train if train_part else test), download=True)
+            else:
+                data = dataset(str(root), **(train if train_part else test))
+        except (RuntimeError, OSError) as error:
+            if config.download:
+                raise ConfigError(f"{key}={root}: downloading {config.dataset} failed: {error}") from error
+            raise ConfigError(f"{key}={root}: {config.dataset} is not there; data.download=true fetches it") from error
+        return _from_torchvision(data, config.in_chans or 3)
+
+    return open
+
+
+def _from_torchvision(data: Any, in_chans: int) -> ArraySource:
+    labels = np.asarray(data.labels if hasattr(data, "labels") else data.targets)
+    images = data.data if data.data.shape[-1] == 3 else np.ascontiguousarray(data.data.transpose(0, 2, 3, 1))
+    return ArraySource(convert_channels(images, in_chans), labels, data.classes)
+
+
+def _folder(config: DataConfig, train: bool) -> Source | None:
+    root = _required(config, "a folder of images")
+    key = "data.train_path"
+    check_directory(root, key)
+    split = (root / "train").is_dir() and (root / "val").is_dir()
+    if train:
+        root = root / "train" if split else root
+    elif config.val_path is not None:
+        root, key = Path(config.val_path), "data.val_path"
+    elif split:
+        root = root / "val"
+    elif root.name == "train" and root.with_name("val").is_dir():
+        root = root.with_name("val")
+    else:
+        return None
+    return FolderSource(root, config.in_chans or 3, key, labelled=not config.no_labels)
+
+
+def _npz(config: DataConfig, train: bool) -> Source | None:
+    """Arrays ``jpeg`` (uint8, encoded images end to end), ``offsets``, ``labels``, ``split`` (0 train, 1 test), ``classes``."""
+    path, key, part = _required(config, "a .npz file of encoded images"), "data.train_path", 0 if train else 1
+    if not train and config.val_path is not None:
+        path, key = Path(config.val_path), "data.val_path"
+    if not path.is_file():
+        raise ConfigError(f"{key}={path} is not a file; data.dataset=npz reads one .npz file of encoded images")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data, offsets, labels, split, names = (file[name] for name in ("jpeg", "offsets", "labels", "split", "classes"))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        wanted = "it must hold plain arrays jpeg, offsets, labels, split and classes"
+        raise ConfigError(f"{key}={path} cannot be read as a dataset: {wanted} ({str(error).splitlines()[0]})") from error
+    if len(offsets) != len(labels) + 1 or len(split) != len(labels) or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+        raise ConfigError(f"{key}={path} is damaged: offsets, labels and split do not describe the same images")
+    rows = np.flatnonzero(split == part)
+    if not len(rows):
+        if not train:
+            return None
+        raise ConfigError(f"{key}={path} holds no image with split 0 (train)")
+    return EncodedSource(data, offsets, rows, labels[rows], [str(name) for name in names], config.in_chans or 3)
+
+
+_add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))
+_add("cluttered_digits", 10, 32, (0.501, 0.499, 0.501), (0.249, 0.247, 0.246), _embedded(cluttered_digits))
+_cifar_parts: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
+_add("cifar10", 10, 32, CIFAR10_MEAN, CIFAR10_STD, _torchvision(torchvision.datasets.CIFAR10, *_cifar_parts))
+_add(
+    "cifar100",
+    100,
+    32,
+    (0.5071, 0.4865, 0.4409),
+    (0.2673, 0.2564, 0.2762),
+    _torchvision(torchvision.datasets.CIFAR100, *_cifar_parts),
+)
+_add(
+    "stl10",  # pretraining sees the 5,000 labelled and the 100,000 unlabelled images
+    10,
+    96,
+    (0.4914, 0.4823, 0.4466),
+    (0.247, 0.243, 0.261),
+    _torchvision(torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}),
+)
+_add("imagenet", 1000, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
+_add("imagenet100", 100, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
+_add("image_folder", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
+_add("npz", 0, 32, CIFAR10_MEAN, CIFAR10_STD, _npz)
+_add("fake", 0, 32, (0.5,) * 3, (0.25,) * 3, _fake)

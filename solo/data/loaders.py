@@ -1,0 +1,137 @@
+"""The iterables that training and evaluation walk over."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from solo.batch import Batch
+from solo.data.bad import BadImages
+from solo.data.engines import Engine, Payload, Slot
+from solo.data.engines.torchvision import clean, normalise, same, worker_count
+from solo.data.random import order
+from solo.data.sources import ArraySource, BadImage, Source
+
+_CLEAN_WORKERS_FROM = 2048  # images; below, starting workers costs more than they save
+
+
+class Position(NamedTuple):
+    """Where training stands: batches already trained in this epoch."""
+
+    epoch: int
+    batch: int
+
+
+class TrainLoader:
+    """Batches of augmented views in an order that is a pure function of (seed, epoch).
+
+    Global batch b of an epoch is its samples [b * G, (b + 1) * G), G = batch size x ranks; each rank takes its
+    contiguous slice, so R ranks together see what one process with R times the batch would. The last incomplete
+    batch is dropped. Each iteration yields what is left of one epoch from ``position``; the next iteration begins the
+    next epoch. ``len`` is the whole epoch's, as Lightning expects.
+    """
+
+    def __init__(self, engine: Engine, n: int, batch_size: int, seed: int, rank: int, world: int, bad: BadImages) -> None:
+        self.position = Position(0, 0)
+        self._engine, self._n, self._batch_size, self._seed = engine, n, batch_size, seed
+        self._rank, self._world, self._bad = rank, world, bad
+
+    def __len__(self) -> int:
+        return self._n // (self._batch_size * self._world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: the position moves with the first batch, not when Lightning makes an iterator just to see if it can.
+        start = self.position
+        self.position = Position(start.epoch + 1, 0)
+        payloads = self._engine.batches(self.plan(start))
+        try:
+            for payload in payloads:
+                self._bad.add(payload.failed)
+                yield payload.batch
+        finally:
+            payloads.close()
+
+    def plan(self, start: Position) -> list[Slot]:
+        """This rank's batches of the epoch of ``start``, from its batch on."""
+        visits = order(self._seed, start.epoch, self._n)
+        stride = self._batch_size * self._world
+        firsts = range(self._rank * self._batch_size, len(self) * stride, stride)
+        return [Slot(start.epoch, visits[first : first + self._batch_size]) for first in firsts[start.batch :]]
+
+    def close(self) -> None:
+        """Release the engine's workers and threads."""
+        self._engine.close()
+
+
+class CleanLoader:
+    """Batches of one unaugmented view in dataset order; each rank walks its contiguous part.
+
+    Unreadable images are left out and counted.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        bad: BadImages,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        timeout: float = 0,
+        limit: int | None = None,
+    ) -> None:
+        shown = np.arange(len(source))
+        if limit is not None and limit < len(source):
+            shown = np.linspace(0, len(source) - 1, limit).astype(int)
+        self._part = np.array_split(shown, world)[rank]
+        self._maker = _CleanMaker(source, size, mean, std)
+        self._batch_size, self._bad = batch_size, bad
+        few = isinstance(source, ArraySource) or len(self._part) < _CLEAN_WORKERS_FROM
+        self._workers, self._timeout = 0 if few else worker_count(num_workers), timeout
+
+    def __len__(self) -> int:
+        return -(-len(self._part) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        slots = [Slot(0, self._part[i : i + self._batch_size]) for i in range(0, len(self._part), self._batch_size)]
+        for payload in self._payloads(slots):
+            self._bad.add(payload.failed)
+            if len(payload.batch.index):
+                yield payload.batch
+
+    def _payloads(self, slots: Sequence[Slot]) -> Iterator[Payload]:
+        if not self._workers:
+            return (self._maker[slot] for slot in slots)
+        loader = DataLoader(
+            self._maker,
+            sampler=slots,
+            batch_size=None,
+            collate_fn=same,
+            num_workers=self._workers,
+            timeout=self._timeout,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+class _CleanMaker(Dataset):
+    def __init__(self, source: Source, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self._source, self._size, self._mean, self._std = source, size, mean, std
+
+    def __getitem__(self, slot: Slot) -> Payload:
+        images, shown, failed = [], [], []
+        for i in slot.samples.tolist():
+            try:
+                images.append(clean(self._source.load(i), self._size))
+                shown.append(i)
+            except BadImage as error:
+                failed.append((i, str(error)))
+        index = torch.tensor(shown, dtype=torch.long)
+        views = [normalise(torch.stack(images), self._mean, self._std)] if images else []
+        return Payload(Batch(views, torch.from_numpy(self._source.labels[shown]), index), failed)

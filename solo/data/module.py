@@ -1,0 +1,229 @@
+"""From the ``data`` block to batches."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from solo.data.bad import BadImages
+from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS, DatasetSpec
+from solo.data.engines import ENGINES, Job, choose
+from solo.data.engines.fast import MAX_SIZE
+from solo.data.loaders import CleanLoader, Position, TrainLoader
+from solo.data.sources import ArraySource, Source
+from solo.data.subsets import Subset, in_memory, probe, stratified
+from solo.data.views import View, expand
+from solo.dist import rank, world_size
+from solo.errors import ConfigError
+
+__all__ = ["DataConfig", "DataModule"]
+
+class DataModule(pl.LightningDataModule):
+    """Training batches of views, validation batches of clean images, and the position needed to resume exactly.
+
+    Args:
+        config: the ``data`` block.
+        views: the augmentations; none for evaluation only.
+        batch_size: images of one step on one process.
+        seed: of order and augmentation.
+
+    Attributes:
+        spec: the dataset's row with the config's overrides and the classes found.
+        selected: [N] positions, in the whole training set, of the images used.
+        bad: unreadable training images met so far (``count``, ``names``).
+        report_dir: folder for ``bad_images.txt``, or ``None``.
+
+    Raises:
+        ConfigError: the dataset is missing, empty, or contradicts the config.
+    """
+
+    def __init__(self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.config, self.batch_size, self.seed = config, batch_size, seed
+        self.views = expand(views)
+        row = DATASETS[config.dataset]
+        whole = row.open(config, True)
+        assert whole is not None
+        val = row.open(config, False)
+        _check_classes(whole, val)
+        self.spec = _spec(row, config, whole)
+        self.selected = _selection(config, whole.labels)
+        self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
+        self._val = val
+        _check_views(self.views, self.spec)
+        probe(self._train)
+        self._check_steps(1)
+        self.bad = BadImages(self._train, config.max_bad_fraction)
+        self.bad_val = BadImages(val, config.max_bad_fraction) if val is not None else None
+        self._position: Position | None = None
+        self._loader: TrainLoader | None = None
+        self._engine_name: str | None = None
+
+    @property
+    def report_dir(self) -> Path | None:
+        return self.bad.report_dir
+
+    @report_dir.setter
+    def report_dir(self, path: Path | None) -> None:
+        self.bad.report_dir = path
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine in use; the first call loads small images into memory."""
+        if self._engine_name is None:
+            if self.config.engine != "torchvision":
+                self._train = _read(self._train, self.bad)
+                if self._val is not None and self.bad_val is not None:
+                    self._val = _read(self._val, self.bad_val)
+            self._engine_name = choose(self.config, self._train)
+        return self._engine_name
+
+    def train_dataloader(self) -> TrainLoader:
+        """Batches of views, from the position last set or loaded, else from where the trainer stands."""
+        if not self.views:
+            raise ConfigError("augmentations is empty: training needs at least one view")
+        world = world_size()
+        self._check_steps(world)
+        engine = ENGINES[self.engine]
+        job = Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
+        self._close()
+        self._loader = TrainLoader(engine(job), len(self._train), self.batch_size, self.seed, rank(), world, self.bad)
+        self._loader.position = self._position or self._trained()
+        self._position = None
+        return self._loader
+
+    def val_dataloader(self) -> CleanLoader | list[Any]:
+        """Clean validation batches, or an empty list without validation images."""
+        return [] if self._val is None else self.clean_loader(train=False)
+
+    def clean_loader(self, train: bool, batch_size: int | None = None, limit: int | None = None) -> CleanLoader:
+        """Clean batches of the training or validation images in dataset order, this rank's contiguous part.
+
+        Args:
+            limit: at most this many images, evenly spread over the dataset.
+
+        Raises:
+            ConfigError: validation images are asked for and there are none.
+        """
+        if not train and self._val is None:
+            raise ConfigError(f"data.val_path is missing: {self.config.dataset} has no validation images of its own")
+        source, bad = (self._train, self.bad) if train else (self._val, self.bad_val)
+        assert source is not None and bad is not None
+        size = self.views[0].crop_size if self.views else self.spec.size
+        return CleanLoader(
+            source,
+            batch_size or self.batch_size,
+            size,
+            self.spec.mean,
+            self.spec.std,
+            bad,
+            rank(),
+            world_size(),
+            self.config.num_workers,
+            self.config.timeout,
+            limit,
+        )
+
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Let the next `train_dataloader` begin at this batch of this epoch."""
+        self._position = Position(epoch, batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the batches *trained* (not fetched), and what gives it its meaning."""
+        position = self._trained() if self.trainer is not None else self._position or Position(0, 0)
+        return {**position._asdict(), **self._order_words()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Raises `ConfigError` when the saved position belongs to another order of images."""
+        keys = {"global_batch": "optimizer.batch_size x devices", "images": "the number of training images", "seed": "seed"}
+        changed = [
+            f"{keys[key]} is {now}, it was {state_dict[key]} when the checkpoint was saved: the epoch cannot be continued"
+            for key, now in self._order_words().items()
+            if state_dict[key] != now
+        ]
+        if changed:
+            raise ConfigError("\n".join(changed))
+        self.set_position(state_dict["epoch"], state_dict["batch"])
+
+    def teardown(self, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _order_words(self) -> dict[str, int]:
+        return {"global_batch": self.batch_size * world_size(), "images": len(self._train), "seed": self.seed}
+
+    def _trained(self) -> Position:
+        """(epoch, batch) from the batches the trainer has finished; the end of an epoch is the beginning of the next."""
+        if self.trainer is None:
+            return Position(0, 0)
+        per_epoch = self.trainer.num_training_batches
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
+        return Position(*divmod(done, int(per_epoch))) if 0 < per_epoch < float("inf") else Position(0, 0)
+
+    def _check_steps(self, world: int) -> None:
+        if len(self._train) < self.batch_size * world and self.views:
+            raise ConfigError(
+                f"optimizer.batch_size={self.batch_size} on {world} device(s) is more than the {len(self._train)} training "
+                f"images: an epoch would have 0 steps; use at most {len(self._train) // world}"
+            )
+
+
+def _read(source: Source, bad: BadImages) -> Source:
+    source = in_memory(source, MAX_SIZE)
+    if isinstance(source, ArraySource):
+        bad.add(sorted(source.unreadable.items()))
+    return source
+
+
+def _selection(config: DataConfig, labels: np.ndarray) -> np.ndarray:
+    chosen = np.arange(len(labels))
+    if config.train_size is not None:
+        if config.train_size > len(labels):
+            raise ConfigError(f"data.train_size={config.train_size} is more than the {len(labels)} training images")
+        chosen = stratified(labels, config.train_size, first=True)
+    if config.fraction < 1:
+        count = max(1, round(config.fraction * len(chosen)))
+        chosen = chosen[stratified(labels[chosen], count, first=False)]
+    return chosen
+
+
+def _spec(row: DatasetSpec, config: DataConfig, source: Source) -> DatasetSpec:
+    in_chans = config.in_chans or row.in_chans
+    changes: dict[str, Any] = {"in_chans": in_chans, "classes": len(source.classes), "size": config.size or row.size}
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and len(values) != in_chans:
+            raise ConfigError(f"data.{name} must have {in_chans} values, one per channel, got {len(values)}")
+        published = getattr(row, name)
+        if values is None and in_chans == 1:
+            values = [sum(published) / len(published)]
+        changes[name] = tuple(values or published)
+    return dataclasses.replace(row, **changes)
+
+
+def _check_classes(train: Source, val: Source | None) -> None:
+    if val is None or not train.classes or not val.classes or train.classes == val.classes:
+        return
+    only = [
+        f"only in {part}: {', '.join(sorted(set(a) - set(b))[:5])}"
+        for part, a, b in (("training", train.classes, val.classes), ("validation", val.classes, train.classes))
+        if set(a) - set(b)
+    ]
+    raise ConfigError(f"data.val_path has other classes than data.train_path ({'; '.join(only) or 'in another order'})")
+
+
+def _check_views(views: Sequence[View], spec: DatasetSpec) -> None:
+    for i, view in enumerate(views):
+        if view.gaussian_blur.prob and view.crop_size < 2:
+            raise ConfigError(f"augmentations[{i}].crop_size must be at least 2 for gaussian_blur")

@@ -1,0 +1,245 @@
+"""Where images come from: memory, a folder, a file of encoded images, a torchvision dataset."""
+
+import io
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from solo.data.random import integers
+from solo.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
+MAX_PIXELS = 80_000_000
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message says why."""
+
+
+class Source(Protocol):
+    """Images by number.
+
+    Attributes:
+        labels: [N] int64, -1 where there is none.
+        classes: names of the labels; empty for an unlabelled source.
+    """
+
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def load(self, i: int) -> np.ndarray:
+        """Image i, [H, W, C] uint8.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        ...
+
+    def name(self, i: int) -> str:
+        """How reports name image i: its path or its number."""
+        ...
+
+
+def decode(file: io.BytesIO | str | Path, in_chans: int) -> np.ndarray:
+    """Any image Pillow reads, as [H, W, in_chans] uint8: RGB or grey, upright.
+
+    Raises:
+        BadImage: the bytes are no complete image, or declare more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            image.load()
+            return _channels(ImageOps.exif_transpose(image), in_chans)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _channels(image: Image.Image, in_chans: int) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow would clip, not scale
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    pixels = np.array(image.convert("RGB" if in_chans == 3 else "L"))
+    return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    """[..., C] uint8 between grey and RGB, with Pillow's luma weights."""
+    if pixels.shape[-1] == in_chans:
+        return pixels
+    if in_chans == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    luma = pixels.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000
+    return (luma >> 16).astype(np.uint8)[..., None]
+
+
+class ArraySource:
+    """Images of one size in memory.
+
+    Args:
+        images: [N, H, W, C] uint8.
+        origin: the source they were read from, which keeps the names.
+        unreadable: the positions that could not be read, and why; their pixels mean nothing.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        origin: Source | None = None,
+        unreadable: dict[int, str] | None = None,
+    ) -> None:
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = list(classes)
+        self.unreadable = unreadable or {}
+        self._origin = origin
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, i: int) -> np.ndarray:
+        if i in self.unreadable:
+            raise BadImage(self.unreadable[i])
+        return self.images[i].copy()
+
+    def name(self, i: int) -> str:
+        return self._origin.name(i) if self._origin else str(i)
+
+
+class FakeSource:
+    """Random pixels, the same on every machine, with labels in turn."""
+
+    def __init__(self, n: int, size: int, classes: int, in_chans: int, seed: int) -> None:
+        self.labels = np.arange(n) % classes
+        self.classes = [f"class {i}" for i in range(classes)]
+        self._shape = (size, size, in_chans)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, i: int) -> np.ndarray:
+        return integers(256, self._seed, i, np.arange(np.prod(self._shape))).astype(np.uint8).reshape(self._shape)
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+
+class EncodedSource:
+    """Encoded images end to end in one byte array.
+
+    Args:
+        data: uint8, all files one after the other.
+        offsets: [M + 1] positions in ``data``.
+        rows: [N] which of the M files belong to this source.
+    """
+
+    def __init__(
+        self, data: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, classes: Sequence[str], in_chans: int
+    ) -> None:
+        self._data, self._offsets, self._rows, self._in_chans = data, offsets, rows, in_chans
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def load(self, i: int) -> np.ndarray:
+        row = self._rows[i]
+        return decode(io.BytesIO(self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()), self._in_chans)
+
+    def name(self, i: int) -> str:
+        return f"image {self._rows[i]}"
+
+
+class FolderSource:
+    """Image files below a folder.
+
+    The sub-folders of ``root`` are the classes when every image lies in one of them, in sorted order; when images lie
+    in ``root`` itself or only deeper than its sub-folders, or with ``labelled=False``, no image has a label. Files
+    that are not images by their extension are left out and counted.
+
+    Raises:
+        ConfigError: the folder is missing, is a file, or holds no images; ``key`` names the setting.
+    """
+
+    def __init__(self, root: str | Path, in_chans: int, key: str, labelled: bool = True) -> None:
+        self.root, self._in_chans = Path(root), in_chans
+        check_directory(self.root, key)
+        self._files, self.ignored = _image_files(self.root)
+        if not self._files:
+            found = _kinds(self.ignored)
+            raise ConfigError(f"{key}={root}: no images there{found}; give a folder of {_extension_list()} files")
+        if self.ignored:
+            log.info("%s: %d files that are not images ignored%s", root, sum(self.ignored.values()), _kinds(self.ignored))
+        first = [path.split("/", 1)[0] for path in self._files]
+        holders = {path.rsplit("/", 1)[0] for path in self._files if "/" in path}
+        labelled = labelled and all("/" in path for path in self._files) and set(first) <= holders
+        self.classes = sorted(set(first)) if labelled else []
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number[name] if labelled else -1 for name in first], dtype=np.int64)
+        log.info("%s: %d images, %s", root, len(self), f"{len(self.classes)} classes" if labelled else "without labels")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, i: int) -> np.ndarray:
+        return decode(self.root / self._files[i], self._in_chans)
+
+    def name(self, i: int) -> str:
+        return str(self.root / self._files[i])
+
+
+def check_directory(path: Path, key: str) -> None:
+    """Raise a `ConfigError` that names ``key`` unless ``path`` is a folder."""
+    if path.is_file():
+        raise ConfigError(f"{key}={path} is a file; give the folder that holds the images")
+    if not path.is_dir():
+        existing = next(parent for parent in [*path.absolute().parents] if parent.is_dir())
+        raise ConfigError(f"{key}={path} does not exist (the nearest folder that does: {existing})")
+
+
+def _image_files(root: Path) -> tuple[list[str], Counter[str]]:
+    """Sorted paths relative to ``root``, and how many other files there are of each extension."""
+    files: list[str] = []
+    ignored: Counter[str] = Counter()
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in EXTENSIONS and not name.startswith("."):
+                files.append(Path(folder, name).relative_to(root).as_posix())
+            else:
+                ignored[extension or name] += 1
+    return sorted(files), ignored
+
+
+def _kinds(ignored: Counter[str]) -> str:
+    found = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(4))
+    return f" (files of other kinds: {found})" if found else ""
+
+
+def _extension_list() -> str:
+    return ", ".join(sorted(EXTENSIONS))

@@ -1,0 +1,109 @@
+"""``main_linear.py``: the published linear evaluation and fine-tuning of a checkpoint, from keys to ``results.json``."""
+
+import io
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from solo.checkpoint import write_file
+from solo.config import bind, plain
+from solo.data.datasets import DATASETS
+from solo.data.module import DataModule
+from solo.data.views import Chance, Crop, View
+from solo.errors import ConfigError
+from solo.eval.linear import Classifier, LinearConfig
+from solo.eval.prepare import data_config, data_module
+from solo.eval.results import record, run_directory, show
+from solo.export import Pretrained, load
+
+
+def evaluate_linear(
+    values: dict[str, Any], trainer_arguments: Collection[str], callbacks: Sequence[pl.Callback] = ()
+) -> dict[str, float]:
+    """Train the classifier, print its accuracy and record it in ``results.json``.
+
+    Args:
+        values: keys of `LinearConfig` and arguments of Lightning's Trainer.
+        trainer_arguments: which keys are the Trainer's.
+        callbacks: what watches the training.
+
+    Returns:
+        ``acc1`` and ``acc5`` after the last epoch, ``best_acc1`` over the epochs, percent of the validation images.
+
+    Raises:
+        ConfigError: wrong keys, no such checkpoint, or images that do not suit it.
+    """
+    config = _bound(values, trainer_arguments)
+    source = load(config.checkpoint, config.backbone)
+    pl.seed_everything(config.seed, verbose=False)
+    images = data_config(source, config.data)
+    views = config.augmentations or [standard_view(images.size or source.image_size or DATASETS[images.dataset].size)]
+    data = data_module(source, images, views, config.optimizer.batch_size, config.seed)
+    name = ("finetune" if config.finetune else "linear") + (f"@{images.fraction:g}" if images.fraction < 1 else "")
+    output = Path(config.output) if config.output else run_directory(source.path)
+    model = Classifier(source.backbone, data.spec.classes, config).train()
+    trainer = _trainer(config, output / name, callbacks)
+    trainer.fit(model, datamodule=data)
+    accuracy = {key: float(trainer.callback_metrics[f"val/{key}"]) for key in ("acc1", "acc5")}
+    accuracy["best_acc1"] = model.best
+    if trainer.is_global_zero:
+        _keep(name, output, config, source, data, model, accuracy)
+    return accuracy
+
+
+def standard_view(size: int) -> View:
+    """The train view of the published protocol: a crop of 8 to 100 % of the image, and a flip."""
+    return View(rrc=Crop(crop_min_scale=0.08, crop_max_scale=1.0), horizontal_flip=Chance(prob=0.5), crop_size=size)
+
+
+def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> LinearConfig:
+    trainer = {key: value for key, value in values.items() if key in trainer_arguments}
+    own = {key: value for key, value in values.items() if key not in trainer_arguments}
+    if "trainer" in own:
+        raise ConfigError("unknown key trainer: write the Trainer's arguments at the top level, e.g. max_epochs=10")
+    config = bind(LinearConfig, own, also_known=trainer_arguments)
+    config.trainer = {"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer}
+    return config
+
+
+def _trainer(config: LinearConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+    try:
+        return pl.Trainer(**config.trainer, callbacks=list(callbacks), logger=CSVLogger(folder, name="csv"),
+                          default_root_dir=folder, enable_checkpointing=False, use_distributed_sampler=False,
+                          enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks))
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def _keep(
+    name: str,
+    output: Path,
+    config: LinearConfig,
+    source: Pretrained,
+    data: DataModule,
+    model: Classifier,
+    accuracy: dict[str, float],
+) -> None:
+    """The trained weights, the images used, the numbers; and a table."""
+    buffer = io.BytesIO()
+    torch.save((model if config.finetune else model.head).state_dict(), buffer)
+    write_file(output / name / "weights.pt", buffer.getvalue())
+    write_file(output / name / "indices.json", json.dumps(data.selected.tolist()).encode())
+    what = "all weights fine-tuned" if config.finetune else "linear classifier on frozen features"
+    protocol = (f"{what}, {len(data.selected)} labelled train images ({100 * data.config.fraction:g} %), "
+                f"{config.trainer['max_epochs']} epochs, {config.optimizer.name}, validation split")
+    show(f"{name} · {source.path}", ["accuracy in %", "top-1", "top-5", "best top-1"],
+         [["last epoch", accuracy["acc1"], accuracy["acc5"], accuracy["best_acc1"]]], protocol)
+    path = record(output, name, {
+        "metric": "accuracy in percent", "protocol": protocol, "results": accuracy, "indices": f"{name}/indices.json",
+        "checkpoint": str(source.path), "checkpoint_sha256": source.sha256,
+        "config": {**plain(config), "backbone": plain(source.config), "data": plain(data.config)},
+    })
+    print(f"results: {path}")

@@ -1,0 +1,166 @@
+"""What a run has learned, at a glance: a table beside the untrained backbone and raw pixels, and ``report.png``."""
+
+import csv
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_info
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from solo.checkpoint import digest
+from solo.data.module import DataModule
+from solo.eval.features import extract
+from solo.eval.knn import knn_accuracy
+from solo.eval.linear import linear_accuracy
+from solo.eval.picture import Picture, draw
+from solo.eval.results import record, show
+
+_PIXEL_SIDE = 32
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """The summary after training: a table, ``results.json`` and ``report.png``.
+
+    ``k``: neighbours of the k-NN. ``max_train`` and ``max_test`` bound the images compared, ``points`` those of the
+    2-D embedding; ``images`` is how many are shown with their augmented views.
+    """
+
+    enabled: bool = True
+    k: int = 20
+    max_train: int = 10_000
+    max_test: int = 10_000
+    points: int = 1500
+    images: int = 6
+
+    def __post_init__(self) -> None:
+        problems = [f"{name} must be at least {least}, got {getattr(self, name)}" for name, least in
+                    (("k", 1), ("max_train", 2), ("max_test", 1), ("points", 10), ("images", 1)) if getattr(self, name) < least]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+class Pixels(nn.Module):
+    """The image itself as features, averaged down to at most 32 x 32: the baseline that learns nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > _PIXEL_SIDE:
+            x = F.adaptive_avg_pool2d(x, _PIXEL_SIDE)
+        return x.flatten(1)                                                                         # [B, C * H * W]
+
+
+def report(
+    config: ReportConfig,
+    method: nn.Module,
+    untrained: nn.Module,
+    data: DataModule,
+    run_dir: Path,
+    checkpoint: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Compare, print, record and draw.
+
+    Args:
+        config: sizes.
+        method: holds the trained ``backbone``.
+        untrained: the same backbone before training.
+        data: the run's images.
+        run_dir: where ``results.json`` and ``report.png`` go, and where the CSV logs are.
+        checkpoint: the run's last one, if saved.
+
+    Returns:
+        The rows of the table, empty where images have no labels or there is no validation part.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained: nn.Module = method.get_submodule("backbone").to(device)
+    has_val = bool(data.val_dataloader())
+    shown = extract(trained, data.clean_loader(train=not has_val, limit=config.points), device)
+    rows: list[dict[str, Any]] = []
+    if has_val and data.spec.classes > 1:
+        rows = comparison(
+            {"trained backbone": trained, "same backbone, untrained": untrained.to(device), "raw pixels": Pixels()},
+            data, config, device,
+        )
+        title = f"{data.spec.name}: accuracy in %"
+        caption = "{train_images} train and {test_images} test images".format(**rows[0])
+        cells = [[row["features"], row["knn"], row["linear"]] for row in rows]
+        show(title, ["features", f"k-NN (k={config.k})", "linear"], cells, caption)
+        record(run_dir, "comparison", {
+            "metric": "top-1 accuracy in percent",
+            "protocol": f"clean images; k-NN: k={config.k}, cosine, temperature 0.07; "
+                        "linear: logistic regression on standardised features",
+            "results": rows, "checkpoint": str(checkpoint) if checkpoint else None,
+            "checkpoint_sha256": digest(checkpoint) if checkpoint else None,
+        })
+    picture = Picture(
+        history=history(run_dir), comparison=rows, points=embedding(shown.features), labels=shown.labels,
+        sheet=views_sheet(data, config.images),
+    )
+    rank_zero_info(f"picture: {draw(picture, run_dir / 'report.png')}")
+    return rows
+
+
+def comparison(
+    networks: dict[str, nn.Module], data: DataModule, config: ReportConfig, device: torch.device
+) -> list[dict[str, Any]]:
+    """k-NN and linear top-1 accuracy of each network's features, in percent, on the same clean images.
+
+    Returns:
+        One row per network: ``features`` (its name), ``knn``, ``linear``, ``train_images``, ``test_images``.
+    """
+    rows = []
+    for name, network in networks.items():
+        train = extract(network, data.clean_loader(train=True, limit=config.max_train), device).labelled()
+        test = extract(network, data.clean_loader(train=False, limit=config.max_test), device).labelled()
+        rows.append({
+            "features": name,
+            "knn": knn_accuracy(*train, *test, data.spec.classes, k=config.k)["acc1"],
+            "linear": linear_accuracy(train, test, data.spec.classes)["acc1"],
+            "train_images": len(train.labels),
+            "test_images": len(test.labels),
+        })
+    return rows
+
+
+def history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of the run's CSV logs as (step, value), merged over restarts; of one step the latest start counts."""
+    merged: dict[str, dict[int, float]] = {}
+    files = (run_dir / "csv").glob("version_*/metrics.csv")
+    for file in sorted(files, key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        merged.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(values.items()) for name, values in merged.items()}
+
+
+def embedding(features: Tensor) -> Tensor:
+    """[N, D] features to [N, 2]: PCA to 50 dimensions, then t-SNE; PCA alone for fewer than 10 rows."""
+    rows = F.normalize(features, dim=-1).numpy()
+    reduced = PCA(n_components=min(50, *rows.shape), random_state=0).fit_transform(rows)
+    if len(rows) >= 10:
+        reduced = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0).fit_transform(reduced)
+    flat = torch.zeros(len(rows), 2)
+    columns = torch.from_numpy(reduced)[:, :2]
+    flat[:, : columns.shape[1]] = columns
+    return flat
+
+
+def views_sheet(data: DataModule, images: int) -> list[list[Tensor]]:
+    """For each of a few train images: the clean image, then its augmented views; each [C, H, W] in 0..1."""
+    count = min(images, len(data.selected))
+    config = dataclasses.replace(data.config, train_size=count, fraction=1.0, num_workers=0)
+    few = DataModule(config, data.views, batch_size=count, seed=data.seed)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.spec.mean, data.spec.std))
+    clean = torch.cat([batch.views[0] for batch in few.clean_loader(train=True)])                   # [n, C, H, W]
+    batch = next(iter(few.train_dataloader()))
+    few.teardown("fit")
+    place = {int(index): i for i, index in enumerate(batch.index)}
+    return [[(image * std + mean).clamp(0, 1) for image in (clean[i], *(view[place[i]] for view in batch.views))]
+            for i in range(len(clean)) if i in place]

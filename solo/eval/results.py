@@ -1,0 +1,47 @@
+"""Numbers with what is needed to make them again: tables on the screen, ``results.json`` on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from solo.checkpoint import write_file
+
+
+def run_directory(checkpoint: Path) -> Path:
+    """The run a checkpoint belongs to: the folder above its ``checkpoints/``, or its own."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def record(directory: Path, section: str, content: Any) -> Path:
+    """Put one section into ``directory/results.json``, atomically, and keep the others.
+
+    Args:
+        directory: created if needed.
+        section: e.g. ``knn``; replaced if it is there.
+        content: JSON-able: metric, protocol, checkpoint hash, config.
+
+    Returns:
+        The file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "results.json"
+    try:
+        results = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        results = {}
+    write_file(path, json.dumps({**results, section: content}, indent=2).encode())
+    return path
+
+
+def show(title: str, columns: list[str], rows: list[list[Any]], caption: str = "") -> None:
+    """Print a table; floats get two digits."""
+    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
+    Console().print(table)

@@ -1,0 +1,152 @@
+"""The commands: Hydra's command line works, and wrong input gets one clear line and a non-zero exit before any work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from solo import config
+from solo.experiment import experiment
+from tests.conftest import ROOT
+from tests.tiny import values
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """``cli(*arguments)`` -> (exit code, stderr lines) of main_pretrain on a tiny experiment."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values("nnclr", tmp_path / "runs")))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, name="tiny.yaml"):
+        @config.main(config_path="unused")
+        def command(content):
+            from solo.run import pretrain
+
+            started.append(content)
+            pretrain(experiment(content))
+
+        started = []
+        monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--config-path", str(tmp_path), "--config-name", name, *arguments])
+        code = 0
+        try:
+            command()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return code, [line for line in captured.err.splitlines() if line.strip()], captured.out
+
+    return run
+
+
+WRONG = {
+    ("optimizer.lrr=1",): ["unknown key optimizer.lrr: did you mean optimizer.lr?"],
+    ("+optimizer.wieght_decay=3",): ["unknown key optimizer.wieght_decay: did you mean optimizer.weight_decay?"],
+    ("optimiser.lr=1",): ["unknown key optimiser: did you mean optimizer?"],
+    ("max_epoch=3",): ["unknown key max_epoch: did you mean max_epochs?"],
+    ("method_kwargs.queue_sise=64",): ["unknown key method_kwargs.queue_sise: did you mean method_kwargs.queue_size?"],
+    ("optimizer.lr=fast", "seed=x"): ["optimizer.lr must be a number, got 'fast'", "seed must be a whole number, got 'x'"],
+    ("method_kwargs.temperature=warm",): ["method_kwargs.temperature must be a number, got 'warm'"],
+    ("method=nnlcr",): ["method: no 'nnlcr' in solo.methods, did you mean 'nnclr'?"],
+    ("data.dataset=cifar",): ["data.dataset: no 'cifar' in solo.datasets, did you mean 'cifar"],
+    ("backbone.name=resnet81",): ["backbone.name: no timm model 'resnet81', did you mean 'resnet"],
+    ("backbone.kwargs.width=3",): ["backbone.kwargs do not suit resnet18"],
+    ("optimizer.name=larss",): ["optimizer.name: no 'larss' in solo.optimizers, did you mean 'lars'?"],
+    ("optimizer.kwargs.clip_lrr=true",): ["optimizer.kwargs.clip_lrr is unknown: did you mean optimizer.kwargs.clip_lr?"],
+    ("scheduler.warmup_epochs=-1",): ["scheduler.warmup_epochs must not be negative, got -1"],
+    ("method_kwargs.queue_size=30",): ["method_kwargs.queue_size=30 is not a multiple of the global batch 8: use 24 or 32"],
+    ("method=all4one", "method_kwargs.proj_output_dim=100"): ["proj_output_dim=100 is not divisible by heads=8: use 96 or 104"],
+    ("optimizer.batch_size=128", "method_kwargs.queue_size=128"): ["0 steps"],
+    ("data.dataset=cifar10", "data.train_path=nowhere"): ["data.train_path", "data.download=true"],
+    ("data.dataset=image_folder",): ["data.train_path"],
+    ("data.dataset=image_folder", "data.train_path=nowhere"): ["data.train_path", "nowhere"],
+    ("data.dataset=image_folder", "data.train_path=empty"): ["data.train_path", "empty"],
+    ("data.dataset=image_folder", "data.train_path=texts"): ["data.train_path", "texts"],
+    ("resume=nowhere.ckpt",): ["resume=nowhere.ckpt does not exist"],
+    ("resume=text.ckpt",): ["text.ckpt cannot be loaded as tensors and plain values"],
+    ("callbacks=[]",): ["callbacks is decided by the run itself and cannot be set"],
+    ("name=../../x",): ["name may hold letters"],
+    ("precision=fp3",): ["the Trainer refuses its arguments"],
+    ("accelerator=gpu",): ["no usable GPU"],
+    ("loggers=[csvv]",): ["loggers[0] must be one of csv, tensorboard", "did you mean csv"],
+    ("nonsense",): ["'nonsense' is not an override: write key=value"],
+    ("optimizer.lr=${nope}",): ["nope"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_input_is_one_clear_line(cli, tmp_path, arguments, monkeypatch):
+    import torch
+
+    if "accelerator=gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    code, errors, _ = cli(*arguments)
+    assert code == 5 if "accelerator=gpu" in arguments else code in (2, 3)
+    assert len(errors) == (2 if "seed=x" in arguments else 1), errors
+    for expected in WRONG[arguments]:
+        assert expected in "\n".join(errors)
+    assert "Traceback" not in "\n".join(errors) and not (tmp_path / "runs").exists()
+
+
+def test_missing_config_offers_the_nearest(cli):
+    code, errors, _ = cli(name="tinny.yaml")
+    assert code == 2 and len(errors) == 1 and "did you mean tiny.yaml?" in errors[0]
+
+
+def test_every_key_can_be_overridden_and_cfg_prints(cli, tmp_path):
+    code, errors, out = cli("knn.every=3", "++health.every=7", "+extra.note=mine", "--cfg", "job")
+    shown = yaml.safe_load(out)
+    assert code == 0 and shown["knn"]["every"] == 3 and shown["health"]["every"] == 7 and shown["extra"] == {"note": "mine"}
+    assert not errors and not (tmp_path / "runs").exists()
+
+
+def test_sweep_runs_each_value(cli, tmp_path):
+    code, _, _ = cli("-m", "method_kwargs.temperature=0.1,0.3", "max_epochs=1")
+    assert code == 0 and len(list((tmp_path / "runs").glob("*/last.ckpt"))) == 2
+
+
+def test_run_leaves_nothing_beside_its_directory(cli, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert cli("max_epochs=1")[0] == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
+
+
+def command(folder, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml", *arguments],
+                            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_the_same_command_continues(tmp_path, number):
+    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=6)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    whole = command(tmp_path, "checkpoint.dir=whole")
+    running = command(tmp_path)
+    csv = Path(tmp_path / "runs")
+    deadline = time.monotonic() + 120
+    while not list(csv.glob("*/checkpoints/*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + number, err
+    assert len(err.strip().splitlines()) == 1 and "run the same command to continue" in err and "Traceback" not in err
+    again = command(tmp_path)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0 and "continuing" in out + err, err
+    assert whole.wait(timeout=120) == 0
+    import torch
+
+    from solo import checkpoint
+
+    one, other = (checkpoint.read(next((tmp_path / folder).glob("*/last.ckpt")))["state_dict"] for folder in ("runs", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -1,0 +1,72 @@
+"""The programs in docs/ run as they stand."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from solo import config
+from solo.batch import Batch
+from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
+from solo.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Saves the one Python program of a document as an importable module."""
+
+    def save(document, module):
+        (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / document).read_text(), flags=re.DOTALL)
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+
+    return save
+
+
+def test_a_method_in_one_file(program):
+    program("add_a_method.md", "sage")
+    sage = METHODS["sage:Sage"]
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    backbone.num_features = 8
+    method = sage(backbone, sage.Config(proj_hidden_dim=16, proj_output_dim=8, pred_hidden_dim=4))
+    views = [torch.randn(6, 3, 2, 2), torch.randn(6, 3, 2, 2)]
+    out = method.losses(Batch(views, torch.zeros(6, dtype=torch.long), torch.arange(6)))
+    assert out["feats"].shape == (12, 8) and -1 <= out["loss"] <= 1
+    out["loss"].backward()
+    assert all(parameter.grad is not None for parameter in method.parameters())
+    with pytest.raises(ValueError, match="bottleneck"):
+        sage.Config(pred_hidden_dim=4096)
+
+
+def test_its_command_line():
+    words = re.search(r"--config-name (nnclr.yaml) (method=\S+) '(~\S+)'", (ROOT / "docs" / "add_a_method.md").read_text())
+    values = config.load(ROOT / "scripts" / "pretrain" / words[1], [words[2], words[3]])
+    assert values["method"] == "sage:Sage" and "method_kwargs" not in values
+
+
+def test_a_dataset_in_one_row(program, tmp_path):
+    program("add_a_dataset.md", "cells")
+    images = np.zeros((5, 64, 64, 3), np.uint8)
+    labels = np.array([0, 1, 2, -1, 0])
+    np.savez(tmp_path / "cells.npz", train_images=images, train_labels=labels, test_images=images[:2], test_labels=labels[:2])
+    source = DATASETS["cells:CELLS"].open(DataConfig(dataset="cells:CELLS", train_path=str(tmp_path)), False)
+    assert len(source) == 2 and source.load(1).shape == (64, 64, 3) and source.classes[1] == "white"
+    assert DATASETS["cells"] is DATASETS["cells:CELLS"]
+
+
+def test_documents_name_recipes_and_documents_that_exist():
+    for document in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
+        for folder, name in re.findall(r"--config-path (\S+) --config-name (\S+\.yaml)", text):
+            assert (ROOT / folder / name.rstrip("`")).is_file(), f"{document.name} names {folder}/{name}"

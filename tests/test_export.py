@@ -1,0 +1,114 @@
+"""Checkpoints of several origins become backbones, or are refused with the reason."""
+
+import json
+import os
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from solo import backbones, checkpoint, export
+from solo.backbones import BackboneConfig
+from solo.errors import ConfigError
+
+SMALL = BackboneConfig(name="resnet18", stem="small")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(0)
+    return backbones.build(SMALL, in_chans=1, image_size=32).state_dict()
+
+
+def prefixed(prefix, weights):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def same(backbone, weights):
+    assert not backbone.training
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+    assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, 512)
+
+
+def test_our_checkpoint_says_what_it_holds(tmp_path, weights):
+    experiment = {"backbone": {"name": "resnet18", "stem": "auto"}, "augmentations": [{"crop_size": 32}]}
+    state = {**prefixed("backbone.", weights), "projector.weight": torch.zeros(2)}
+    content = {"state_dict": state, "global_step": 1, "epoch": 0,
+               "solo": json.dumps({"version": "0", "method": "nnclr", "config": experiment})}
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.save(content, path)
+    found = export.load(path)
+    same(found.backbone, weights)
+    assert found.experiment == experiment and found.in_chans == 1 and found.sha256 == checkpoint.digest(path)
+    same(export.load_backbone(tmp_path), weights)  # a run's directory
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff\x00\xff")
+    with pytest.raises(ConfigError, match="damaged|cannot be read"):
+        export.load_backbone(path)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
+def test_solo_learn_checkpoints(tmp_path, weights, prefix):
+    path = tmp_path / "all4one-ep=399.ckpt"
+    others = {"momentum_backbone.conv1.weight": torch.zeros(1), "transformer_encoder.layers.0.norm1.weight": torch.ones(4)}
+    hparams = OmegaConf.create({"backbone": {"name": "resnet18"}})  # makes torch's own safe loading refuse the file
+    torch.save({"state_dict": {**others, **prefixed(prefix, weights)}, "epoch": 3, "hyper_parameters": hparams}, path)
+    same(export.load_backbone(path), weights)
+    same(export.load_backbone(path, "resnet18"), weights)
+
+
+def test_a_plain_state_dict(tmp_path, weights):
+    model = backbones.build(SMALL, in_chans=1)
+    model.load_state_dict(weights)
+    export.save_backbone(model, tmp_path / "backbone.pt")
+    same(export.load_backbone(tmp_path / "backbone.pt"), weights)
+
+
+def test_transformer_encoder_alone_is_no_backbone(tmp_path):
+    torch.save({"state_dict": {"transformer_encoder.layers.0.norm1.weight": torch.ones(4)}}, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=r"holds no backbone.*it has transformer_encoder"):
+        export.load_backbone(tmp_path / "x.ckpt")
+
+
+def test_misfit_names_missing_and_unexpected_keys(tmp_path, weights):
+    broken = {**prefixed("backbone.", weights), "backbone.extra.bias": torch.zeros(2)}
+    del broken["backbone.bn1.weight"]
+    torch.save({"state_dict": broken}, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=r"missing 1: bn1\.weight; unexpected 1: extra\.bias"):
+        export.load_backbone(tmp_path / "x.ckpt", "resnet18")
+    with pytest.raises(ConfigError, match="does not say which backbone"):
+        export.load_backbone(tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match="no timm model 'resnet81', did you mean"):
+        export.load_backbone(tmp_path / "x.ckpt", "resnet81")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_nothing_in_a_file_is_run(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": prefixed("backbone.", weights), "callbacks": Evil()}, "x.ckpt")
+    try:
+        same(export.load_backbone("x.ckpt"), weights)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a not a checkpoint", b"PK\x03\x04 cut off"])
+def test_files_of_something_else(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read as a checkpoint") as caught:
+        export.load_backbone(tmp_path / "x.ckpt")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="does not exist"):
+        export.load_backbone(tmp_path / "y.ckpt")
+
+
+def test_stem_follows_the_file(tmp_path):
+    large = backbones.build(BackboneConfig(name="resnet18", stem="imagenet"), image_size=32)
+    torch.save({"state_dict": prefixed("backbone.", large.state_dict())}, tmp_path / "x.ckpt")
+    assert export.load_backbone(tmp_path / "x.ckpt").conv1.weight.shape == (64, 3, 7, 7)

@@ -1,0 +1,171 @@
+"""Rules of the house that a machine can keep."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from solo import config
+from solo.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "solo").rglob("*.py"))
+RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+
+BASE = {"errors", "registry", "console", "batch", "config", "dist", "schedules"}
+PARTS = BASE | {"kernels", "losses", "nn", "backbones", "optim", "checkpoint"}
+# What each part of solo may import, besides itself; a part that is not here may import everything.
+MAY_IMPORT = {
+    **dict.fromkeys(BASE, BASE),
+    "kernels": BASE,
+    "losses": BASE | {"kernels"},
+    **dict.fromkeys(("nn", "backbones", "optim", "checkpoint"), PARTS),
+    "methods": PARTS - {"config"},
+    "data": BASE,
+    "export": PARTS,
+    "eval": PARTS | {"data", "export"},
+    "callbacks": PARTS | {"data", "eval", "export"},
+    "compat": BASE,
+    "launch": {"errors", "registry"},
+}
+TOP = {"__init__", "experiment", "run", "testing"}
+# Third-party roots that have one home.
+HOMES = {"hydra": "config.py", "omegaconf": "config.py", "torchvision": "data/", "triton": "kernels/", "submitit": "launch.py",
+         "numba": ("data/", "kernels/"), "nvidia": "data/engines/dali.py", "wandb": "run.py"}
+
+
+def relative(path):
+    return path.relative_to(ROOT / "solo").as_posix()
+
+
+def part_of(path):
+    """The part a file belongs to: solo/nn.py -> nn, solo/data/views.py -> data."""
+    return relative(path).split("/")[0].removesuffix(".py")
+
+
+def imports(tree):
+    """Every absolute module name a file imports, wherever it stands; ``from solo import x`` counts as ``solo.x``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "solo":
+                yield from (f"solo.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def functions(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def calls(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def each_source(test):
+    return pytest.mark.parametrize("path", SOURCES, ids=relative)(test)
+
+
+@each_source
+def test_imports_go_down_only(path):
+    part = part_of(path)
+    assert part in MAY_IMPORT or part in TOP, f"name the layer of solo/{part} in this test"
+    allowed = MAY_IMPORT.get(part)
+    used = {name.split(".")[1] for name in imports(TREES[path]) if name.startswith("solo.")}
+    assert allowed is None or used <= allowed | {part}, f"{relative(path)} reaches up to {sorted(used - allowed - {part})}"
+
+
+@each_source
+def test_third_party_roots_stay_at_home(path):
+    roots = {name.split(".")[0] for name in imports(TREES[path])}
+    for root, home in HOMES.items():
+        assert root not in roots or relative(path).startswith(home), f"{relative(path)} imports {root}, which lives in {home}"
+
+
+@each_source
+def test_nothing_unsafe_or_silent(path):
+    for call in calls(TREES[path]):
+        name = ast.unparse(call.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        line = f"{relative(path)}:{call.lineno} {name}"
+        assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), line
+        assert keywords.get("weights_only") != "False" and keywords.get("allow_pickle") != "True", line
+        assert keywords.get("shell") != "True", line
+        assert keywords.get("strict") != "False" or name == "zip", line
+        if name == "torch.load":
+            assert relative(path) in ("checkpoint.py", "export.py") and keywords.get("weights_only") == "True", line
+        assert not name.endswith("load_from_checkpoint"), line
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            silent = all(isinstance(statement, (ast.Pass, ast.Continue)) for statement in node.body)
+            assert not (broad and silent), f"{relative(path)}:{node.lineno} swallows every error"
+
+
+@each_source
+def test_sizes(path):
+    lines = path.read_text().count("\n")
+    assert lines <= 400, f"{relative(path)} has {lines} lines"
+    for function in functions(TREES[path]):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= 80, f"{relative(path)}:{function.lineno} {function.name} has {length} lines"
+
+
+@each_source
+def test_public_signatures_are_typed(path):
+    for function in functions(TREES[path]):
+        if function.name.startswith("_") and function.name != "__init__":
+            continue
+        where = f"{relative(path)}:{function.lineno} {function.name}"
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        bare = [argument.arg for argument in arguments if argument.annotation is None and argument.arg not in ("self", "cls")]
+        assert not bare, f"{where}: no type for {bare}"
+        assert function.returns is not None, f"{where}: no return type"
+
+
+def test_methods_bring_neither_hydra_nor_data():
+    """What ``import solo.methods`` pulls in of our own, followed file by file; `solo` itself imports nothing until asked."""
+    modules = {path: f"solo/{relative(path)}".removesuffix(".py").removesuffix("/__init__") for path in SOURCES}
+    by_module = {name.replace("/", "."): path for path, name in modules.items() if name != "solo"}
+    seen, todo = set(), {name for name in by_module if name.startswith("solo.methods")}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        reached = {other for wanted in imports(TREES[by_module[name]]) for other in (wanted, wanted.rpartition(".")[0])}
+        todo |= (reached & set(by_module)) - seen
+    assert {part_of(by_module[name]) for name in seen} <= PARTS - {"config"} | {"methods"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "scripts").as_posix())
+def test_recipes_compose(path):
+    mandatory = sorted(OmegaConf.missing_keys(OmegaConf.load(path)))
+    assert config.load(path, [f"{key}=given" for key in mandatory])
+    for key in mandatory:
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            config.load(path, [f"{other}=given" for other in mandatory if other != key])
+
+
+PRETRAIN = [path for path in RECIPES if path.is_relative_to(ROOT / "scripts" / "pretrain")]
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.relative_to(ROOT / "scripts" / "pretrain").as_posix())
+def test_recipes_say_what_they_are(path):
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    folder = path.parent.relative_to(ROOT).as_posix()
+    where = "" if folder == "scripts/pretrain" else f"--config-path {folder} "
+    assert f"# command:   python main_pretrain.py {where}--config-name {path.name}" in header
+    for heading in ("# hardware:", "# hours:", "# published:"):
+        assert heading in header, f"no {heading} in the header"
+    recipe = config.load(path, ["data.train_path=x", "data.val_path=x"])
+    assert recipe["method"] == path.stem and sum(view.get("num_crops", 1) for view in recipe["augmentations"]) >= 2
+
+
+def test_224_pixel_views_are_the_same_everywhere():
+    folders = [ROOT / "scripts" / "pretrain" / name / "augmentations" for name in ("imagenet-100", "imagenet", "custom")]
+    for file in folders[0].glob("*.yaml"):
+        assert len({(folder / file.name).read_text() for folder in folders if (folder / file.name).exists()}) == 1, file.name

@@ -1,0 +1,169 @@
+"""A run that is interrupted anywhere and continued ends with the same bits as one that is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from solo import checkpoint
+from solo.experiment import experiment
+from solo.run import pretrain
+from tests.tiny import values
+
+STEPS = 24
+
+
+class EveryStep(pl.Callback):
+    """Saves after each optimizer step into its own folder and keeps the losses."""
+
+    def __init__(self, folder):
+        self.folder, self.losses = folder, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        stepped = trainer.global_step not in self.losses
+        self.losses[trainer.global_step] = outputs["loss"].item()
+        if self.folder is not None and stepped and trainer.global_step:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """``run(values, folder)`` -> (final checkpoint, loss of each step)."""
+
+    def run(content, folder=None):
+        watcher = EveryStep(folder)
+        original = pl.Trainer.__init__
+
+        def with_watcher(self, *args, callbacks=(), **kwargs):
+            original(self, *args, callbacks=[*callbacks, watcher], **kwargs)
+
+        monkeypatch.setattr(pl.Trainer, "__init__", with_watcher)
+        result = pretrain(experiment(content))
+        monkeypatch.setattr(pl.Trainer, "__init__", original)
+        return checkpoint.read(result.checkpoint), watcher.losses
+
+    return run
+
+
+def assert_same(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+# What a checkpoint holds beside the state of the run: where it is stored, and how often Lightning restarted its loops.
+def state(content):
+    return {key: content[key] for key in ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", ["nnclr", "all4one"])
+def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
+    data = {"num_workers": workers, "engine": "torchvision" if workers else "auto"}
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    final, losses = traced(values(method, tmp_path / "whole", data=data), saved)
+    assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) == STEPS
+    for step in range(1, STEPS):
+        resumed, rest = traced(values(method, tmp_path / f"from{step}", data=data, resume=str(saved / f"{step}.ckpt")))
+        assert rest == {number: loss for number, loss in losses.items() if number > step}, f"resumed after step {step}"
+        assert_same(state(resumed), state(final), f"resumed after step {step}: ")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resume_with_accumulation(accumulate, tmp_path, traced):
+    content = values("all4one", tmp_path / "whole", accumulate_grad_batches=accumulate)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    final, _ = traced(content, saved)
+    files = sorted(saved.glob("*.ckpt"), key=lambda path: int(path.stem))
+    middle = files[len(files) // 2]
+    resumed, _ = traced({**content, "checkpoint": {"dir": str(tmp_path / "rest")}, "resume": str(middle)})
+    assert_same(state(resumed), state(final))
+
+
+def test_same_command_continues_and_a_finished_run_stays(tmp_path, traced):
+    content = values("all4one", tmp_path, max_epochs=2)
+    run_dir = experiment(content).run_dir(8)
+    whole, losses = traced(values("all4one", tmp_path / "whole", max_epochs=2))
+    first, _ = traced(content)
+    assert_same(state(first), state(whole))
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    again, rest = traced(content)
+    assert rest == {} and {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()} == before
+    assert_same(state(again), state(whole))
+    assert len(losses) == 16
+
+
+def test_another_temperature_is_another_directory(tmp_path):
+    one = experiment(values("nnclr", tmp_path)).run_dir(8)
+    other = experiment(values("nnclr", tmp_path, method_kwargs={"temperature": 0.3})).run_dir(8)
+    same = experiment(values("nnclr", tmp_path, data={"num_workers": 3}, log_every_n_steps=7)).run_dir(8)
+    assert one != other and one == same
+    assert one != experiment(values("nnclr", tmp_path)).run_dir(16)
+
+
+def test_never_starts_anew_and_keeps_the_old(tmp_path, traced, caplog):
+    content = values("nnclr", tmp_path, max_epochs=1)
+    run_dir = experiment(content).run_dir(8)
+    traced(content)
+    caplog.set_level("INFO", "solo")
+    _, losses = traced({**content, "resume": "never"})
+    assert len(losses) == 8 and "starting anew" in caplog.text
+    assert checkpoint.newest(run_dir.with_name(run_dir.name + ".old1") / "checkpoints") is not None
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, traced, caplog):
+    content = values("nnclr", tmp_path, max_epochs=3)
+    whole, losses = traced(content)
+    run_dir = experiment(content).run_dir(8)
+    latest = checkpoint.newest(run_dir / "checkpoints")
+    data = bytearray(latest.read_bytes())
+    data[len(data) // 2] ^= 1
+    latest.write_bytes(data)
+    resumed, rest = traced(content)
+    assert "damaged" in caplog.text and sorted(rest) == list(range(17, 25))
+    assert_same(state(resumed), state(whole))
+
+
+def test_no_valid_checkpoint_is_never_from_scratch(tmp_path, traced):
+    content = values("nnclr", tmp_path, max_epochs=1)
+    traced(content)
+    folder = experiment(content).run_dir(8) / "checkpoints"
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(checkpoint.ConfigError, match="no valid checkpoint is left"):
+        traced(content)
+
+
+def test_checkpoint_of_another_method_is_refused(tmp_path, traced):
+    content = values("nnclr", tmp_path / "a", max_epochs=1)
+    traced(content)
+    run_dir = experiment(content).run_dir(8)
+    with pytest.raises(checkpoint.ConfigError, match="written by method 'nnclr'"):
+        traced(values("all4one", tmp_path / "b", resume=str(run_dir)))
+    with pytest.raises(checkpoint.ConfigError, match="missing 0|unexpected|shape of"):
+        traced(values("nnclr", tmp_path / "b", method_kwargs={"proj_output_dim": 16}, resume=str(run_dir)))
+
+
+def test_what_a_run_leaves(tmp_path, traced):
+    content = values("all4one", tmp_path)
+    final, _ = traced(content)
+    run_dir = experiment(content).run_dir(8)
+    assert Path(run_dir / "last.ckpt").resolve() == checkpoint.newest(run_dir / "checkpoints")
+    assert len(checkpoint.manifest(run_dir / "checkpoints")) == 2
+    assert experiment(json.loads((run_dir / "config.json").read_text())) == experiment(content)
+    assert json.loads(final["solo"])["method"] == "all4one"
