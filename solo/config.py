@@ -267,7 +267,7 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
 def _forced(override: str, directory: Path) -> str:
     """``a.b=c`` as ``++a.b=c``, so that a key the YAML leaves out can be set; the schema judges it afterwards."""
     key, equals, _ = override.partition("=")
-    if not equals:
+    if not equals and not key.startswith("~"):
         raise ConfigError(f"{override!r} is not an override: write key=value")
     group = directory / key.lstrip("+~").partition("@")[0]
     if group.is_dir() or key.startswith(("~", "hydra.", "hydra/", "++")):

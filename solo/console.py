@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 log = logging.getLogger("solo")
@@ -15,7 +16,7 @@ def say(text: str) -> None:
 
 def quiet_libraries() -> None:
     """For commands: show this library's own lines and silence the chatter of those below it."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -87,8 +87,12 @@ def _method(config: Experiment, in_chans: int) -> Method:
     return method
 
 
-def pretrain(config: Experiment) -> Result:
+def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) -> Result:
     """Train, or continue the training that this config's directory holds, and report.
+
+    Args:
+        config: the run.
+        extra_callbacks: observers of the caller's own.
 
     Raises:
         ConfigError, DataError, EnvironmentFault: before anything is trained.
@@ -103,7 +107,7 @@ def pretrain(config: Experiment) -> Result:
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     start = _start(config, run_dir, method)
-    trainer = _trainer(config, run_dir, data, method, global_batch)
+    trainer = _trainer(config, run_dir, data, method, global_batch, extra_callbacks)
     complete = start is not None and _complete(start, trainer)
     if start is not None and complete:
         say(f"{run_dir} is complete: nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
@@ -182,7 +186,9 @@ def _write_config(config: Experiment, run_dir: Path) -> None:
         checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
 
 
-def _trainer(config: Experiment, run_dir: Path, data: DataModule, method: Method, global_batch: int) -> pl.Trainer:
+def _trainer(
+    config: Experiment, run_dir: Path, data: DataModule, method: Method, global_batch: int, extra_callbacks: Sequence[pl.Callback]
+) -> pl.Trainer:
     arguments = {"max_epochs": 100, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "enable_model_summary": False, **config.trainer}
     if world_size(config.trainer) > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = _ddp()
@@ -195,7 +201,7 @@ def _trainer(config: Experiment, run_dir: Path, data: DataModule, method: Method
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))
-    callbacks += [MetricsLogger(), RunProgress(), Checkpointer(config.checkpoint, run_dir, provenance)]
+    callbacks += [*extra_callbacks, MetricsLogger(), RunProgress(), Checkpointer(config.checkpoint, run_dir, provenance)]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -29,19 +29,12 @@ class EveryStep(pl.Callback):
 
 
 @pytest.fixture
-def traced(monkeypatch):
+def traced():
     """``run(values, folder)`` -> (final checkpoint, loss of each step)."""
 
     def run(content, folder=None):
         watcher = EveryStep(folder)
-        original = pl.Trainer.__init__
-
-        def with_watcher(self, *args, callbacks=(), **kwargs):
-            original(self, *args, callbacks=[*callbacks, watcher], **kwargs)
-
-        monkeypatch.setattr(pl.Trainer, "__init__", with_watcher)
-        result = pretrain(experiment(content))
-        monkeypatch.setattr(pl.Trainer, "__init__", original)
+        result = pretrain(experiment(content), extra_callbacks=[watcher])
         return checkpoint.read(result.checkpoint), watcher.losses
 
     return run

@@ -18,7 +18,7 @@ from solo import checkpoint as store
 from solo.dist import all_reduce, world_size
 from solo.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class CheckpointConfig:
 
     ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay.
     ``minutes``: also in the middle of an epoch once this much time has passed since the last save. The end of the
-    run and SIGINT, SIGTERM and SIGUSR1 always save.
+    run and the signals that end or preempt a job always save.
     """
 
     enabled: bool = True
@@ -102,7 +102,7 @@ class Checkpointer(Checkpoint):
         final = epoch == trainer.max_epochs or trainer.should_stop or trainer.global_step == trainer.max_steps
         if number or on_schedule or final:
             self.save(trainer, keep=on_schedule and self.config.keep_prev)
-        if number and not final:
+        if number:
             self._leave(trainer, number)
 
     def _agreed(self, trainer: pl.Trainer, due: bool) -> tuple[int, bool]:

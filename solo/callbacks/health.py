@@ -1,5 +1,6 @@
 """Early signs of a run that learns nothing, and the end of one that is no longer finite."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,14 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
-from solo.dist import all_reduce, world_size
+from solo.dist import all_reduce, rank, world_size
 from solo.errors import NumericsError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -107,12 +109,12 @@ class Health(FiniteGuard):
             return
         self._checked = step
         feats = outputs["feats"][: len(batch.labels)].detach().float()                              # [B, D]
-        std, rank = feature_std(feats), effective_rank(feats)
-        self.step_scalars = {"feature_std": std, "effective_rank": rank}
+        std, directions = feature_std(feats), effective_rank(feats)
+        self.step_scalars = {"feature_std": std, "effective_rank": directions}
         losses = {name: value.detach().float().reshape(()) for name, value in outputs.items()
                   if name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1}
         losses["loss"] = losses["loss"] * trainer.accumulate_grad_batches
-        means = (all_reduce(torch.stack([std, rank, *losses.values()])) / world_size()).tolist()
+        means = (all_reduce(torch.stack([std, directions, *losses.values()])) / world_size()).tolist()
         self._sign("collapse", means[0] < self.config.min_std, value=means[0])
         self._sign("rank", means[1] < self.config.min_rank <= min(feats.shape), value=means[1])
         k = len(batch.labels) * world_size()
@@ -129,7 +131,8 @@ class Health(FiniteGuard):
         text = _WARNINGS[kind].format(**facts)
         if self.config.stop_on_collapse and kind != "plateau":
             raise NumericsError(f"{text} (health.stop_on_collapse)")
-        rank_zero_warn(text)
+        if rank() == 0:
+            log.warning("%s", text)
 
 
 def feature_std(feats: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
 """k-nearest-neighbour accuracy while a method trains: the number `solo.eval.knn` gives offline."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from solo.batch import Batch
 from solo.dist import all_reduce
 from solo.eval.features import Features, extract
 from solo.eval.knn import Distance, Vote, knn_hits, percent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -82,7 +84,8 @@ class KNNCallback(Callback):
             bank = extract(pl_module.backbone, loader, pl_module.device)  # type: ignore[arg-type]
         if not len(bank.labelled().labels):
             self._possible = False
-            rank_zero_warn("k-NN is left out: no train image has a label")
+            if trainer.is_global_zero:
+                log.warning("k-NN is left out: no train image has a label")
             return
         votes = [Vote(k=k, temperature=self.config.temperature, distance=self.config.distance) for k in self.config.k]
         hits = knn_hits(bank.to(pl_module.device), queries, self.num_classes, votes)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 MAX_PIXELS = 80_000_000
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BadImage(Exception):
@@ -61,7 +62,8 @@ def decode(file: io.BytesIO | str | Path, in_chans: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             image.load()
-            return _channels(ImageOps.exif_transpose(image), in_chans)
+            upright = image.getexif().get(_ORIENTATION, 1) == 1
+            return _channels(image if upright else ImageOps.exif_transpose(image), in_chans)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
@@ -73,7 +75,8 @@ def _channels(image: Image.Image, in_chans: int) -> np.ndarray:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")
-    pixels = np.array(image.convert("RGB" if in_chans == 3 else "L"))
+    mode = "RGB" if in_chans == 3 else "L"
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], in_chans)
 
 

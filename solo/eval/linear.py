@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import timm.data
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities import rank_zero_info
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.optim import param_groups_layer_decay
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from solo import optim
 from solo.batch import Batch
+from solo.console import say
 from solo.data.views import View
 from solo.dist import all_reduce
 from solo.errors import DataError
@@ -88,7 +88,9 @@ class LinearConfig:
         problems = []
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        problems += [f"{name} must not be negative, got {getattr(self, name)}" for name in ("mixup", "cutmix") if getattr(self, name) < 0]
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} must not be negative, got {getattr(self, name)}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             problems.append(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay is not None and not self.finetune:
@@ -162,7 +164,7 @@ class Classifier(pl.LightningModule):
         config = self.config.optimizer
         batch = config.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
         self._lr = optim.scaled_lr(config.lr, batch)
-        rank_zero_info(f"{config.name}: lr {config.lr:g} x {batch}/256 = {self._lr:g}")
+        say(f"{config.name}: lr {config.lr:g} x {batch}/256 = {self._lr:g}")
         groups = self._groups(config.weight_decay, config.exclude_bias_n_norm_wd)
         return optim.build(config, [{"lr": self._lr * group["lr_scale"], **group} for group in groups])
 

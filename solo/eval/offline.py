@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from solo.config import bind, plain
+from solo.console import say
 from solo.eval.features import extract
 from solo.eval.knn import Distance, Vote, knn_hits, percent
 from solo.eval.prepare import data_config, data_module
@@ -80,7 +81,7 @@ def evaluate_knn(values: dict[str, Any]) -> list[dict[str, Any]]:
         "checkpoint_sha256": source.sha256,
         "config": {**plain(config), "backbone": plain(source.config), "data": plain(data.config)},
     })
-    print(f"results: {path}")
+    say(f"results: {path}")
     return rows
 
 

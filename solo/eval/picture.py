@@ -96,7 +96,8 @@ def _embedding(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
     few = len(classes) <= 20
     palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "turbo"]
     colors = {c: palette(i if few else i / (len(classes) - 1)) for i, c in enumerate(classes)}
-    axes.scatter(points[:, 0], points[:, 1], s=16, c=[colors.get(label, "#b0b0b0") for label in labels], alpha=0.8, linewidths=0)
+    shades = [colors.get(label, "#b0b0b0") for label in labels]
+    axes.scatter(points[:, 0], points[:, 1], s=16, c=shades, alpha=0.8, linewidths=0)
     for c in classes if few else ():
         x, y = np.median(points[labels == c], axis=0)
         box = {"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": colors[c], "linewidth": 1.5, "alpha": 0.9}

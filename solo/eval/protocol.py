@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from solo.checkpoint import write_file
 from solo.config import bind, plain
+from solo.console import say
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import Chance, Crop, View
@@ -106,4 +107,4 @@ def _keep(
         "checkpoint": str(source.path), "checkpoint_sha256": source.sha256,
         "config": {**plain(config), "backbone": plain(source.config), "data": plain(data.config)},
     })
-    print(f"results: {path}")
+    say(f"results: {path}")

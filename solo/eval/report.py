@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities import rank_zero_info
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from solo.checkpoint import digest
+from solo.console import say
 from solo.data.module import DataModule
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
@@ -101,7 +101,7 @@ def report(
         history=history(run_dir), comparison=rows, points=embedding(shown.features), labels=shown.labels,
         sheet=views_sheet(data, config.images),
     )
-    rank_zero_info(f"picture: {draw(picture, run_dir / 'report.png')}")
+    say(f"picture: {draw(picture, run_dir / 'report.png')}")
     return rows
 
 

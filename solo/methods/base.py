@@ -120,7 +120,7 @@ class Method(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # The state of the global generator is a function of where the run is, so there is none to store.
         words = f"{self.seed}/{rank()}/{self.trainer.current_epoch}/{batch_idx}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest()))
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big"))
         self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:

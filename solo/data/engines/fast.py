@@ -1,5 +1,6 @@
 """The fast engine: small images in memory, all views of a batch at once in batched torch, no worker processes."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -246,12 +247,18 @@ def _ahead(payloads: Iterator[Payload]) -> Generator[Payload, None, None]:
             put(error)
 
     thread = threading.Thread(target=produce, name="solo-fast-engine", daemon=True)
+
+    def close() -> None:
+        stop.set()
+        thread.join()
+
     thread.start()
+    atexit.register(close)  # the interpreter must not end under a running thread
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stop.set()
-        thread.join()
+        close()
+        atexit.unregister(close)

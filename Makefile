@@ -1,0 +1,37 @@
+# make demo | make test | make test-fast | make lint      VENV=dir keeps the environment elsewhere, PYTHON=python3.12 chooses one
+PYTHON ?= python3
+VENV ?= .venv
+override VENV := $(abspath $(VENV))
+RUN := $(VENV)/bin/python
+
+# An environment that runs is kept and brought up to date; the stamp's name says for which pins and which clone it is ready.
+BASE := $(shell $(RUN) -c '' 2>/dev/null && echo '$(RUN)' || echo '$(PYTHON)')
+KEY := $(shell { $(BASE) --version; echo '$(CURDIR)'; cat requirements.txt pyproject.toml; } 2>&1 | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready-$(KEY)
+
+.PHONY: demo test test-fast lint env
+demo: env
+	$(RUN) main_pretrain.py --config-name all4one.yaml
+
+# Two test processes of one thread each: torch otherwise takes every core for each of them.
+test test-fast: export OMP_NUM_THREADS = 1
+test: env
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: env
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+lint: env
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+env: $(READY)
+
+$(READY):
+	@$(BASE) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
+	  || { echo "make: $(BASE) is not a Python 3.10 to 3.13: name one, e.g. make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 5; }
+	@if [ '$(BASE)' != '$(RUN)' ]; then $(BASE) -m venv --clear '$(VENV)'; fi
+	@echo "installing requirements.txt into $(VENV): a few minutes and about 6 GB the first time"
+	@$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f '$(VENV)'/.ready-*; touch '$@'

@@ -1,0 +1,99 @@
+"""The callbacks that report: k-NN, train metrics, progress."""
+
+import csv
+import io
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from rich.console import Console
+
+from solo.callbacks.health import Health, HealthConfig
+from solo.callbacks.knn import KNNCallback, KNNConfig
+from solo.callbacks.metrics import MetricsLogger
+from solo.callbacks.probe import OnlineProbe
+from solo.callbacks.progress import RunProgress
+from solo.eval.features import extract
+from solo.eval.knn import knn_accuracy
+from tests.callbacks.toy import CLASSES, ToyData, batches, fit
+
+
+def test_knn_is_the_offline_number_and_changes_nothing():
+    without, _ = fit([])
+    module, trainer = fit([KNNCallback(CLASSES, KNNConfig(k=[1, 20]))])
+    assert all(torch.equal(a, b) for a, b in zip(without.state_dict().values(), module.state_dict().values(), strict=True))
+    bank = extract(module.backbone, batches(views=1), "cpu")
+    for k in (1, 20):
+        offline = knn_accuracy(*bank, *bank, CLASSES, k=k)["acc1"]
+        assert float(trainer.callback_metrics[f"val/knn@{k}"]) == pytest.approx(offline)
+
+
+def test_knn_every_n_epochs_and_after_the_last(monkeypatch):
+    calls = []
+    original = ToyData.clean_loader
+    monkeypatch.setattr(ToyData, "clean_loader", lambda self, **kwargs: calls.append(kwargs) or original(self, **kwargs))
+    fit([KNNCallback(CLASSES, KNNConfig(every=2, max_train=7))], max_epochs=5)
+    assert calls == [{"train": True, "limit": 7}] * 3  # epochs 2, 4 and 5
+
+
+def test_knn_without_labels_says_so_once(monkeypatch, caplog):
+    blind = [batch._replace(labels=torch.full_like(batch.labels, -1)) for batch in batches()]
+    monkeypatch.setattr(ToyData, "clean_loader", lambda self, **kwargs: iter(blind))
+    _, trainer = fit([KNNCallback(CLASSES)])
+    assert caplog.text.count("no train image has a label") == 1
+    assert "val/knn@20" not in trainer.callback_metrics
+
+
+def test_extract_restores_modes_and_dataset_order():
+    module, _ = fit([], max_epochs=1)
+    module.backbone.train()
+    module.backbone[2].eval()
+    state = torch.get_rng_state()
+    forward = extract(module.backbone, batches(), "cpu")
+    backward = extract(module.backbone, batches()[::-1], "cpu")
+    assert torch.equal(forward.features, backward.features) and torch.equal(forward.labels, backward.labels)
+    assert module.backbone.training and module.backbone[1].training and not module.backbone[2].training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_train_metrics_reach_the_loggers_as_means(tmp_path):
+    metrics, logger = MetricsLogger(), CSVLogger(tmp_path)
+    probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.1)
+    callbacks = [probe, Health(HealthConfig(every=3)), metrics]
+    fit(callbacks, logger=logger, log_every_n_steps=3, accumulate_grad_batches=2, max_epochs=3)
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [row["step"] for row in rows] == ["3", "6", "9"]
+    expected = {"loss", "spread", "lr", "probe_loss", "probe_acc1", "feature_std", "effective_rank"}
+    assert {name for name, value in rows[-1].items() if value and name.startswith("train/")} == {f"train/{n}" for n in expected}
+    assert metrics.last["lr"] == 0.05 and "feats" not in metrics.last
+
+
+def test_loss_is_not_divided_by_accumulation():
+    plain, accumulated = MetricsLogger(), MetricsLogger()
+    fit([plain], max_epochs=1, log_every_n_steps=2, limit_train_batches=2, limit_val_batches=0)
+    fit([accumulated], max_epochs=1, log_every_n_steps=1, limit_train_batches=2, accumulate_grad_batches=2, limit_val_batches=0)
+    assert plain.last["loss"] == pytest.approx(accumulated.last["loss"], rel=0.2)
+
+
+def test_progress_is_a_line_per_epoch_without_a_terminal():
+    metrics, out = MetricsLogger(), io.StringIO()
+    bar = RunProgress(Console(file=out, width=200))
+    fit([OnlineProbe(dim=6, num_classes=CLASSES, lr=0.1), KNNCallback(CLASSES), metrics, bar], log_every_n_steps=2)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/2 · step 6 · loss ")
+    for part in ("images/s", "data wait", "left 0:00:0", "knn@20", "probe_acc1"):
+        assert part in lines[1]
+
+
+def test_progress_is_live_on_a_terminal_and_stops_on_errors():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    metrics = MetricsLogger()
+    bar = RunProgress(Console(file=out, width=100, force_terminal=True))
+    fit([metrics, bar], log_every_n_steps=1)
+    assert "epoch 2/2" in out.getvalue() and "6/6" in out.getvalue() and bar._live is None

@@ -1,0 +1,67 @@
+"""Under two ranks the callbacks give what one process gives on the joined batch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from solo.callbacks.health import FiniteGuard
+from solo.callbacks.probe import OnlineProbe
+from solo.dist import all_reduce
+from solo.errors import NumericsError
+from solo.eval.features import Features, extract
+from solo.eval.knn import Vote, knn_hits
+from tests.callbacks.toy import CLASSES, ToyBackbone, batches
+from tests.gloo import run_ranks
+
+
+def probe_steps(parts):
+    probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.3)
+    for feats, labels in parts:
+        probe.update(feats, labels, 0.3)
+    return [value.tolist() for value in probe.state_dict().values()]
+
+
+def test_probe_equals_one_process_on_the_joined_batch():
+    generator = torch.Generator().manual_seed(0)
+    steps = [(torch.randn(8, 6, generator=generator), torch.tensor([0, 1, -1, -1, -1, 2, 1, 0])) for _ in range(3)]
+    halves = [[(feats[4 * r : 4 * r + 4], labels[4 * r : 4 * r + 4]) for feats, labels in steps] for r in (0, 1)]
+    ranks = run_ranks(lambda rank: probe_steps(halves[rank]))
+    assert ranks[0] == ranks[1]
+    for a, b in zip(ranks[0], probe_steps(steps), strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
+
+
+def features_and_hits(rank, shares):
+    torch.manual_seed(0)
+    backbone = ToyBackbone()
+    bank = extract(backbone, shares[rank], "cpu")
+    own = torch.cat([batch.index for batch in shares[rank]])
+    hits = knn_hits(bank, Features(bank.features[own], bank.labels[own]), CLASSES, [Vote(k=5)])
+    return bank.features.tolist(), bank.labels.tolist(), all_reduce(hits).tolist()
+
+
+@pytest.mark.parametrize("shares", [(batches(1)[:4], batches(1)[4:]), (batches(1)[::2], batches(1)[1::2])], ids=["contiguous", "striped"])
+def test_features_are_in_dataset_order_and_hits_add_up(shares):
+    first, second = run_ranks(features_and_hits, shares)
+    alone = features_and_hits(0, [batches(1)])
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first[0]), torch.tensor(alone[0]))
+    assert first[1:] == alone[1:]
+
+
+def guard(rank):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.zeros(2)
+    trainer = SimpleNamespace(precision_plugin=None, global_step=6, current_epoch=0)
+    callback = FiniteGuard()
+    callback.on_before_backward(trainer, None, torch.tensor(float("inf") if rank == 1 else 1.0))
+    try:
+        callback.on_before_optimizer_step(trainer, None, torch.optim.SGD([weight], lr=1))
+    except NumericsError as error:
+        return str(error)
+
+
+def test_a_non_finite_loss_on_one_rank_stops_both():
+    messages = run_ranks(guard)
+    assert messages[0] == messages[1] and messages[0].startswith("non-finite loss at step 7 ")

@@ -1,0 +1,262 @@
+"""What wrong data gets: one line that names the key, or a replacement that is counted."""
+
+import io
+import logging
+import os
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from solo.data.module import DataConfig, DataModule
+from solo.data.sources import BadImage, FakeSource, decode
+from solo.data.views import View
+from solo.errors import ConfigError, DataError, EnvironmentFault
+from tests.data.common import make_folder, picture
+
+VIEWS = [View(crop_size=16)]
+
+
+def module(batch_size: int = 8, views: list[View] = VIEWS, **config: object) -> DataModule:
+    return DataModule(DataConfig(**config), views, batch_size, seed=1)
+
+
+def folder(path: Path, **config: object) -> DataModule:
+    return module(dataset="image_folder", train_path=str(path), **config)
+
+
+def refused(path: Path, **config: object) -> str:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        folder(path, **config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_paths(tmp_path: Path) -> None:
+    assert "data.train_path is missing" in str(pytest.raises(ConfigError, module, dataset="image_folder").value)
+    said = refused(tmp_path / "typo" / "deeper")
+    assert "data.train_path=" in said and "does not exist" in said and str(tmp_path) in said
+    (tmp_path / "file.jpg").write_bytes(b"x")
+    assert "is a file" in refused(tmp_path / "file.jpg")
+    (tmp_path / "empty").mkdir()
+    assert "no images there" in refused(tmp_path / "empty")
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "notes.txt").write_text("x")
+    assert "1 .txt" in refused(tmp_path / "texts")
+    make_folder(tmp_path / "good", {"a": 8})
+    assert "data.val_path=" in refused(tmp_path / "good", val_path=str(tmp_path / "none"))
+
+
+def test_files_that_only_pretend_to_be_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(10):
+        (tmp_path / "a" / f"{i}.jpg").write_bytes(b"not an image")
+    assert "none of 8 images tried can be read" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])
+def test_absent_datasets_name_the_download_key(dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.train_path.*data.download=true"):
+        module(dataset=dataset, train_path=str(tmp_path))
+
+
+def test_unknown_dataset_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        module(dataset="digit")
+
+
+def test_zero_steps() -> None:
+    with pytest.raises(ConfigError, match="optimizer.batch_size=65.*0 steps; use at most 64"):
+        module(65, dataset="fake", train_size=64)
+
+
+def test_classes_of_training_and_validation_differ(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    make_folder(tmp_path / "val", {"cat": 2, "fox": 2})
+    said = refused(tmp_path / "train")
+    assert "only in training: dog" in said and "only in validation: fox" in said
+
+
+def test_engine_that_cannot_names_one_that_can(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": 8}, size=(80, 70))
+    data = folder(tmp_path, engine="fast")
+    with pytest.raises(ConfigError, match="data.engine=fast cannot be used: .*64 px.*data.engine=torchvision can"):
+        data.train_dataloader()
+    assert folder(tmp_path).engine == "torchvision"
+
+
+@pytest.mark.parametrize("change", [{"fraction": 0.0}, {"num_workers": -1}, {"timeout": 0.0}, {"in_chans": 2}, {"std": [0.0]}])
+def test_config_ranges(change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        DataConfig(**change)
+
+
+def test_mean_must_have_one_value_per_channel() -> None:
+    with pytest.raises(ConfigError, match="data.mean must have 3 values"):
+        module(dataset="fake", mean=[0.5])
+
+
+@pytest.mark.parametrize("contents", ["nothing", "keys", "offsets", "pickle"])
+def test_damaged_npz(contents: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    arrays = {
+        "jpeg": np.zeros(10, dtype=np.uint8),
+        "offsets": np.array([0, 5, 10]),
+        "labels": np.zeros(2, dtype=np.uint8),
+        "split": np.zeros(2, dtype=np.uint8),
+        "classes": np.array(["a"]),
+    }
+    if contents == "keys":
+        del arrays["split"]
+    if contents == "offsets":
+        arrays["offsets"] = np.array([0, 5, 12])
+    if contents == "pickle":
+        arrays["classes"] = np.array([{}], dtype=object)
+    np.savez(path, **arrays)
+    if contents == "nothing":
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="data.train_path=.*data.npz"):
+        module(dataset="npz", train_path=str(path))
+
+
+# One specimen of each kind of file; what each should decode to.
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def test_every_kind_of_image_becomes_rgb() -> None:
+    rgb = Image.fromarray(picture(0, 20, 30))
+    sixteen = Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) << 8) | 77)
+    palette = rgb.quantize(64)
+    palette.info["transparency"] = bytes(range(64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases = {
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG", quality=95),
+        "grey": encoded(rgb.convert("L"), "PNG"),
+        "rgba": encoded(rgb.convert("RGBA"), "PNG"),
+        "grey and alpha": encoded(rgb.convert("LA"), "PNG"),
+        "palette": encoded(palette, "PNG"),
+        "one bit": encoded(rgb.convert("1"), "PNG"),
+        "16 bit": encoded(sixteen, "PNG"),
+        "animated": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
+    }
+    for name, file in cases.items():
+        pixels = decode(file, 3)
+        assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable, name
+        grey = decode(io.BytesIO(file.getvalue()), 1)
+        assert grey.shape == (20, 30, 1), name
+        if name != "one bit":
+            assert np.abs(grey[..., 0].astype(int) - np.asarray(rgb.convert("L"))).mean() < 12, name
+    assert decode(encoded(rgb, "JPEG", exif=exif), 3).shape == (30, 20, 3)
+    assert decode(encoded(Image.new("RGB", (1, 5000)), "PNG"), 3).shape == (5000, 1, 3)
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred bytes that declares 400 million pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def broken(kind: str) -> bytes:
+    good = encoded(Image.fromarray(picture(1, 40, 40)), "JPEG").getvalue()
+    half = good[: len(good) // 2]
+    return {"empty": b"", "noise": bytes(range(256)), "truncated": half, "bomb": bomb(), "html": b"<html>"}[kind]
+
+
+KINDS = ["empty", "noise", "truncated", "bomb", "html"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_bytes_are_a_bad_image(kind: str) -> None:
+    with pytest.raises(BadImage):
+        decode(io.BytesIO(broken(kind)), 3)
+
+
+def bad_folder(root: Path, total: int = 60) -> list[Path]:
+    """A folder whose images are good but for one of each kind; returns the bad ones."""
+    paths = make_folder(root, {"a": total // 2, "b": total // 2})
+    bad = sorted(paths[5 + 9 * i] for i in range(len(KINDS)))
+    for path, kind in zip(bad, KINDS, strict=True):
+        path.write_bytes(broken(kind))
+    return bad
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("fast", 0), ("torchvision", 0), ("torchvision", 2)])
+def test_bad_images_are_replaced_named_once_and_counted(
+    engine: str, workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = bad_folder(tmp_path)
+    data = folder(tmp_path, engine=engine, num_workers=workers, max_bad_fraction=0.2, batch_size=6)
+    with caplog.at_level(logging.WARNING):
+        loader = data.train_dataloader()
+        epochs = [list(loader), list(loader)]
+    assert data.bad.count == len(bad) and data.bad.names == [str(path) for path in bad]
+    assert len(caplog.records) == len(bad)
+    assert all(caplog.text.count(f"{path} (") == 1 for path in bad)
+    for batches in epochs:
+        shown = torch.cat([batch.index for batch in batches])
+        assert len(batches) == 10 and not set(shown.tolist()) & set(data.bad.index)
+        assert all(torch.equal(batch.labels, torch.from_numpy(data._train.labels)[batch.index]) for batch in batches)
+    again = folder(tmp_path, engine="torchvision", num_workers=0, max_bad_fraction=0.2, batch_size=6).train_dataloader()
+    assert [batch.index.tolist() for batch in again] == [batch.index.tolist() for batch in epochs[0]]
+    clean = torch.cat([batch.index for batch in data.clean_loader(train=True)]).tolist()
+    assert clean == [i for i in range(60) if i not in data.bad.index]
+    data.teardown("fit")
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_too_many_bad_images_stop_with_a_list(engine: str, tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path / "images")
+    data = folder(tmp_path / "images", engine=engine, num_workers=0, max_bad_fraction=0.05)
+    data.report_dir = tmp_path / "run"
+    with pytest.raises(DataError, match=r"of 60 images cannot be read, more than data.max_bad_fraction=0.05; listed in"):
+        for _ in range(2):
+            list(data.train_dataloader())
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in listed} <= {str(path) for path in bad} and len(listed) > 3
+
+
+def test_without_a_report_folder_the_first_names_are_said(tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path)
+    with pytest.raises(DataError) as caught:
+        folder(tmp_path, engine="fast").train_dataloader()
+    assert str(bad[0]) in str(caught.value) and not list(Path.cwd().glob("bad_images.txt"))
+
+
+class Slow(FakeSource):
+    def load(self, i: int) -> np.ndarray:
+        time.sleep(1.5)
+        return super().load(i)
+
+
+class Deadly(FakeSource):
+    def load(self, i: int) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(i)
+
+
+@pytest.mark.parametrize(("source", "said"), [(Slow, "data.timeout=0.5"), (Deadly, "data.num_workers")])
+def test_a_hung_or_killed_worker_stops_the_run(source: type[FakeSource], said: str) -> None:
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = source(64, 32, 10, 3, seed=0)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFault, match=said):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+    assert time.monotonic() - started < 10

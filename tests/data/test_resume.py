@@ -1,0 +1,175 @@
+"""A run continued from any of its checkpoints sees exactly the images the uninterrupted run saw."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from solo.batch import Batch
+from solo.data.module import DataConfig, DataModule
+from solo.data.resume import SettledCounters
+from solo.data.views import Chance, ColorJitter, View
+from solo.errors import ConfigError
+
+SIZE, BATCH, EPOCHS = 8, 8, 3
+VIEWS = [View(crop_size=SIZE, horizontal_flip=Chance(prob=0.5), color_jitter=ColorJitter(prob=0.8, brightness=0.4, hue=0.1))]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+class Tracer(pl.LightningModule):
+    """Learns nothing and writes down what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.trace: list[tuple[list[int], float]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.trace.append((batch.index.tolist(), batch.views[0].double().sum().item()))
+        return self.weight.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert len(batch.views) == 1
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Saver(pl.Callback):
+    """Saves after every optimizer step and at the end of every epoch; ends the run after ``stop`` of them."""
+
+    def __init__(self, folder: Path, stop_step: int | None = None) -> None:
+        self.folder, self.stop_step = folder, stop_step
+        self.saved: list[tuple[int, Path]] = []  # batches trained, file
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Tracer, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self._save(trainer, "step")
+        if self.stop_step is not None and trainer.global_step >= self.stop_step:
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Tracer) -> None:
+        self._save(trainer, "epoch")
+
+    def _save(self, trainer: pl.Trainer, kind: str) -> None:
+        path = self.folder / f"{kind}-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved.append((trainer.fit_loop.epoch_loop.batch_progress.total.processed, path))
+
+
+def run(
+    folder: Path,
+    engine: str = "fast",
+    workers: int = 0,
+    ckpt: Path | None = None,
+    stop: int | None = None,
+    **trainer_flags: Any,
+) -> tuple[Tracer, Saver, pl.Trainer]:
+    folder.mkdir(exist_ok=True)
+    config = DataConfig(dataset="fake", train_size=8 * BATCH + 5, size=SIZE, engine=engine, num_workers=workers)
+    data = DataModule(config, VIEWS, BATCH, seed=3)
+    model, saver = Tracer(), Saver(folder, stop)
+    flags = {"max_epochs": EPOCHS, **trainer_flags}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[saver, SettledCounters()],
+        **flags,
+    )
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt)
+    except (KeyboardInterrupt, SystemExit):
+        assert stop is not None
+    return model, saver, trainer
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    import logging
+
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+FLAGS = {
+    "plain": {},
+    "no validation": {"limit_val_batches": 0},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "max_steps": {"max_epochs": -1, "max_steps": 24},
+    "short epochs": {"limit_train_batches": 5},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_checkpoint_continues_exactly(flags: str, tmp_path: Path) -> None:
+    whole, saver, trainer = run(tmp_path / "whole", **FLAGS[flags])
+    assert len(whole.trace) == (15 if flags == "short epochs" else 24)
+    every = 1 if flags == "plain" else 2
+    for trained, path in saver.saved[::-every]:
+        model, _, resumed = run(tmp_path / "resumed", ckpt=path, **FLAGS[flags])
+        assert model.trace == whole.trace[trained:], path.name
+        assert (resumed.global_step, resumed.current_epoch) == (trainer.global_step, trainer.current_epoch), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "workers"), [("torchvision", 0), ("torchvision", 2)])
+def test_every_step_with_workers(engine: str, workers: int, tmp_path: Path) -> None:
+    whole, saver, _ = run(tmp_path / "whole", engine, workers)
+    steps = saver.saved if workers == 0 else saver.saved[::4]  # starting workers is what takes the time
+    for trained, path in steps:
+        assert run(tmp_path / "resumed", engine, workers, ckpt=path)[0].trace == whole.trace[trained:], path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["plain", "accumulate"])
+@pytest.mark.parametrize("gap", [1, 8])
+def test_stopped_and_continued_again_and_again(gap: int, flags: str, tmp_path: Path) -> None:
+    whole, _, trainer = run(tmp_path / "whole", **FLAGS[flags])
+    trace, path, step = [], None, 0
+    while step < trainer.global_step:
+        model, _, part = run(tmp_path / "chain", ckpt=path, stop=step + gap, **FLAGS[flags])
+        assert part.global_step > step
+        trace += model.trace
+        step = part.global_step
+        path = tmp_path / "chain" / f"step-{step}.ckpt"
+    assert trace == whole.trace
+
+
+def test_a_finished_run_has_nothing_left(tmp_path: Path) -> None:
+    _, saver, _ = run(tmp_path)
+    for _, path in saver.saved[-2:]:
+        assert run(tmp_path, ckpt=path)[0].trace == []
+
+
+def test_workers_and_number_of_them_change_nothing(tmp_path: Path) -> None:
+    traces = [run(tmp_path, "torchvision", workers, max_epochs=1)[0].trace for workers in (0, 1, 2)]
+    assert traces[0] == traces[1] == traces[2]
+
+
+def test_epochs_differ_and_each_visits_every_image_once(tmp_path: Path) -> None:
+    trace = run(tmp_path)[0].trace
+    epochs = [[i for index, _ in trace[e * 8 : e * 8 + 8] for i in index] for e in range(EPOCHS)]
+    assert all(len(set(epoch)) == len(epoch) == 64 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_another_batch_size_or_seed_cannot_continue(tmp_path: Path) -> None:
+    config = DataConfig(dataset="fake", train_size=64, size=SIZE)
+    state = DataModule(config, VIEWS, 8, seed=3).state_dict()
+    with pytest.raises(ConfigError) as caught:
+        DataModule(config, VIEWS, 16, seed=4).load_state_dict(state)
+    assert "optimizer.batch_size x devices is 16, it was 8" in str(caught.value)
+    assert "seed is 4, it was 3" in str(caught.value)
