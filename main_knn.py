@@ -3,11 +3,14 @@
 from typing import Any
 
 from solo.config import main
-from solo.eval.offline import evaluate_knn
 
 
-@main("scripts/knn", "knn.yaml")
+@main(config_path="scripts/knn", config_name="knn.yaml")
 def command(values: dict[str, Any]) -> None:
+    from solo.console import quiet_libraries
+    from solo.eval.offline import evaluate_knn
+
+    quiet_libraries()
     evaluate_knn(values)
 
 

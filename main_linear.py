@@ -2,18 +2,20 @@
 
 from typing import Any
 
-from solo.callbacks.health import FiniteGuard
-from solo.callbacks.metrics import MetricsLogger
-from solo.callbacks.progress import RunProgress
 from solo.config import main
-from solo.eval.protocol import evaluate_linear
-from solo.experiment import TRAINER_ARGUMENTS
 
 
-@main("scripts/linear", "linear.yaml")
+@main(config_path="scripts/linear", config_name="linear.yaml")
 def command(values: dict[str, Any]) -> None:
-    watching = [FiniteGuard(), MetricsLogger(), RunProgress()]
-    evaluate_linear(values, TRAINER_ARGUMENTS, watching)
+    from solo.callbacks.health import FiniteGuard
+    from solo.callbacks.metrics import MetricsLogger
+    from solo.callbacks.progress import RunProgress
+    from solo.console import quiet_libraries
+    from solo.eval.protocol import evaluate_linear
+    from solo.experiment import TRAINER_ARGUMENTS
+
+    quiet_libraries()
+    evaluate_linear(values, TRAINER_ARGUMENTS, [FiniteGuard(), MetricsLogger(), RunProgress()])
 
 
 if __name__ == "__main__":

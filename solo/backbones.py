@@ -59,7 +59,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
-    return cast(nn.Module, model)
+    return model
 
 
 def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:

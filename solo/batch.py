@@ -16,4 +16,4 @@ class Batch(NamedTuple):
 
     views: list[Tensor]
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]      # a field, not tuple.index

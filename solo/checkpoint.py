@@ -117,8 +117,10 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
     path = Path(path)
     broken = [name for name, value in checkpoint["state_dict"].items() if not _finite(value)]
     if broken:
-        raise NumericsError(f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
-                            f"first {broken[0]}; the last good checkpoint stays")
+        raise NumericsError(
+            f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
+            f"first {broken[0]}; the last good checkpoint stays"
+        )
     sha256 = write_file(path, lambda file: torch.save(dict(checkpoint), file))
     entry = Entry(file=path.name, sha256=sha256, step=int(checkpoint["global_step"]), epoch=int(checkpoint["epoch"]), keep=keep)
     _write_manifest(path.parent, [other for other in manifest(path.parent) if other.file != path.name] + [entry])
@@ -146,7 +148,7 @@ def newest(folder: str | Path) -> Path | None:
         ConfigError: there are checkpoints, and each is damaged.
     """
     folder = Path(folder)
-    damaged = []
+    damaged: list[str] = []
     entries = manifest(folder)
     if not entries and (strays := sorted(path.name for path in folder.glob("*.ckpt"))):
         log.warning("%s: %s not named by %s (an interrupted write?): ignored", folder, ", ".join(strays), MANIFEST)
@@ -209,7 +211,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
-    except Exception as error:      # the unpickler and the zip reader raise many kinds
+    except Exception as error:  # the unpickler and the zip reader raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path} cannot be loaded as tensors and plain values: {reason}") from error
     if not isinstance(content, dict):
@@ -220,8 +222,11 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 def misfit(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What keeps a state dict from fitting a model's: missing, unexpected and differently shaped keys; or nothing."""
     missing, unexpected = sorted(set(model) - set(state)), sorted(set(state) - set(model))
-    shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(model[key].shape)}"
-              for key in sorted(set(model) & set(state)) if state[key].shape != model[key].shape]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(model[key].shape)}"
+        for key in sorted(set(model) & set(state))
+        if state[key].shape != model[key].shape
+    ]
     parts = ((f"missing {len(missing)}", missing), (f"unexpected {len(unexpected)}", unexpected), ("shape of", shapes))
     return "; ".join(f"{title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for title, keys in parts if keys)
 

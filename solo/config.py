@@ -214,7 +214,7 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
             original = list(sys.argv)
 
             def run(config: DictConfig) -> None:
-                sys.argv[:] = original          # Lightning starts further ranks with this command line
+                sys.argv[:] = original  # Lightning starts further ranks with this command line
                 with reported():
                     task(values(config))
 
@@ -230,7 +230,20 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
 # Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
 _QUIET = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 _SWEEP = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
-_FLAGS_WITH_VALUE = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i"}
+_FLAGS_WITH_VALUE = {
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+}
 
 
 def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tuple[Path, list[str]]:

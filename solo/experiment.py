@@ -30,8 +30,18 @@ from solo.optim import OptimizerConfig
 from solo.schedules import SchedulerConfig
 
 # Trainer arguments that a run decides itself.
-_OWNED = {"self", "logger", "callbacks", "plugins", "enable_checkpointing", "use_distributed_sampler", "default_root_dir",
-          "enable_progress_bar", "model_registry", "trainer"}
+_OWNED = {
+    "self",
+    "logger",
+    "callbacks",
+    "plugins",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "default_root_dir",
+    "enable_progress_bar",
+    "model_registry",
+    "trainer",
+}
 TRAINER_ARGUMENTS = frozenset(inspect.signature(pl.Trainer.__init__).parameters) - _OWNED
 
 
@@ -96,10 +106,27 @@ class Experiment:
             global_batch: images per step over all processes; stands for devices, nodes and ``optimizer.batch_size``.
         """
         content = self.to_json()
-        for key in ("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra", *_NOT_LEARNED):
+        for key in (
+            "name",
+            "checkpoint",
+            "report",
+            "resume",
+            "loggers",
+            "wandb",
+            "knn",
+            "health",
+            "probe",
+            "extra",
+            *_NOT_LEARNED,
+        ):
             content.pop(key, None)
-        for block, key in (("data", "num_workers"), ("data", "timeout"), ("data", "download"), ("data", "val_path"),
-                           ("optimizer", "batch_size")):
+        for block, key in (
+            ("data", "num_workers"),
+            ("data", "timeout"),
+            ("data", "download"),
+            ("data", "val_path"),
+            ("optimizer", "batch_size"),
+        ):
             content[block].pop(key, None)
         text = json.dumps({**content, "global_batch": global_batch}, sort_keys=True)
         return Path(self.checkpoint.dir) / f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -111,9 +138,26 @@ class Experiment:
 
 
 # Trainer arguments that do not change what is learned.
-_NOT_LEARNED = ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler",
-                "limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval",
-                "num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones")
+_NOT_LEARNED = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "log_every_n_steps",
+    "enable_model_summary",
+    "profiler",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "check_val_every_n_epoch",
+    "val_check_interval",
+    "num_sanity_val_steps",
+    "detect_anomaly",
+    "benchmark",
+    "deterministic",
+    "inference_mode",
+    "barebones",
+)
 
 
 def experiment(values: dict[str, Any]) -> Experiment:
@@ -151,7 +195,7 @@ def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) 
         schema = METHODS[method].Config
         accepts = "momentum" in {f.name for f in dataclasses.fields(schema)}
         if momentum is not None and not accepts:
-            bind(Momentum, momentum, "momentum")                    # it must at least be right
+            bind(Momentum, momentum, "momentum")  # it must at least be right
             say(f"momentum is ignored: {method} has no teacher")
         elif momentum is not None:
             given = {**given, "momentum": bind(Momentum, momentum, "momentum")}

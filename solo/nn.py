@@ -124,8 +124,9 @@ class Teacher(nn.Sequential):
     def update(self, progress: float) -> float:
         """theta <- tau theta + (1 - tau) student, in place; returns tau."""
         tau = self.momentum.tau(progress)
-        students = [parameter for module in self._students for parameter in module.parameters()]
-        torch._foreach_lerp_(list(self.parameters()), students, 1 - tau)
+        students: list[Tensor] = [parameter for module in self._students for parameter in module.parameters()]
+        teachers: list[Tensor] = list(self.parameters())
+        torch._foreach_lerp_(teachers, students, 1 - tau)
         return tau
 
 

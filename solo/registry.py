@@ -53,7 +53,8 @@ class Registry(Mapping[str, T], Generic[T]):
         for point in entry_points(group=self.group, name=name):
             return self._rows.setdefault(name, point.load())
         known = {*self._rows, *entry_points(group=self.group).names}
-        raise UnknownName(f"no {name!r} in {self.group}{suggestion(name, known) or ' (known: ' + ', '.join(sorted(known)) + ')'}")
+        hint = suggestion(name, known) or f" (known: {', '.join(sorted(known))})"
+        raise UnknownName(f"no {name!r} in {self.group}{hint}")
 
     def _imported(self, name: str) -> T:
         module, _, attribute = name.partition(":")

@@ -187,9 +187,20 @@ def _write_config(config: Experiment, run_dir: Path) -> None:
 
 
 def _trainer(
-    config: Experiment, run_dir: Path, data: DataModule, method: Method, global_batch: int, extra_callbacks: Sequence[pl.Callback]
+    config: Experiment,
+    run_dir: Path,
+    data: DataModule,
+    method: Method,
+    global_batch: int,
+    extra_callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
-    arguments = {"max_epochs": 100, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "enable_model_summary": False, **config.trainer}
+    arguments = {
+        "max_epochs": 100,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 50,
+        "enable_model_summary": False,
+        **config.trainer,
+    }
     if world_size(config.trainer) > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = _ddp()
     classes = data.spec.classes
@@ -206,8 +217,14 @@ def _trainer(
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
-        return pl.Trainer(**arguments, callbacks=callbacks, logger=_loggers(config, run_dir), plugins=plugins,
-                          use_distributed_sampler=False, default_root_dir=run_dir)
+        return pl.Trainer(
+            **arguments,
+            callbacks=callbacks,
+            logger=_loggers(config, run_dir),
+            plugins=plugins,
+            use_distributed_sampler=False,
+            default_root_dir=run_dir,
+        )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
@@ -227,7 +244,7 @@ def _loggers(config: Experiment, run_dir: Path) -> list[Logger]:
 
 def _logger(name: str, config: Experiment, run_dir: Path) -> Logger:
     """A Lightning logger by its short name, writing below the run's directory where it can."""
-    if name == "csv":           # each start writes a version of its own: Lightning's logger deletes what it finds
+    if name == "csv":  # each start writes a version of its own: Lightning's logger deletes what it finds
         return pl.loggers.CSVLogger(run_dir, name="csv")
     if name == "tensorboard":
         return pl.loggers.TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
@@ -235,8 +252,13 @@ def _logger(name: str, config: Experiment, run_dir: Path) -> Logger:
     if find_spec(package) is None:
         raise EnvironmentFault(f"loggers: {name} needs the package {package}: pip install {package}")
     if name == "wandb":
-        return pl.loggers.WandbLogger(name=config.title, project=config.wandb.project, entity=config.wandb.entity,
-                                      offline=config.wandb.offline, save_dir=run_dir)
+        return pl.loggers.WandbLogger(
+            name=config.title,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            offline=config.wandb.offline,
+            save_dir=run_dir,
+        )
     loggers: dict[str, type[Logger]] = {"mlflow": pl.loggers.MLFlowLogger, "comet": pl.loggers.CometLogger}
     return loggers[name]()
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared"))
 
 
-torch.set_num_threads(1)        # the models here are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
 
 
 class Golden(dict[str, torch.Tensor]):

@@ -84,7 +84,11 @@ def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
 def test_what_is_not_a_checkpoint_is_named(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
-    for name, reason in (("other.ckpt", "not a checkpoint of solo"), ("text.ckpt", "cannot be loaded"), ("none.ckpt", "does not exist")):
+    for name, reason in (
+        ("other.ckpt", "not a checkpoint of solo"),
+        ("text.ckpt", "cannot be loaded"),
+        ("none.ckpt", "does not exist"),
+    ):
         with pytest.raises(ConfigError, match=reason):
             checkpoint.read(tmp_path / name)
 

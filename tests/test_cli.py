@@ -31,7 +31,9 @@ def cli(tmp_path, monkeypatch, capsys):
             pretrain(experiment(content))
 
         started = []
-        monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--config-path", str(tmp_path), "--config-name", name, *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["main_pretrain.py", "--config-path", str(tmp_path), "--config-name", name, *arguments]
+        )
         code = 0
         try:
             command()
@@ -121,8 +123,22 @@ def test_run_leaves_nothing_beside_its_directory(cli, tmp_path):
 
 def command(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml", *arguments],
-                            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "main_pretrain.py"),
+            "--config-path",
+            str(folder),
+            "--config-name",
+            "tiny.yaml",
+            *arguments,
+        ],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow

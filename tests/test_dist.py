@@ -101,7 +101,9 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(name):
         assert rank_loss == pytest.approx(loss, rel=1e-10)
         assert set(rank_grads) == set(grads)
         for key, grad in grads.items():
-            torch.testing.assert_close(torch.from_numpy(rank_grads[key]), torch.from_numpy(grad), rtol=1e-8, atol=1e-10, msg=key)
+            torch.testing.assert_close(
+                torch.from_numpy(rank_grads[key]), torch.from_numpy(grad), rtol=1e-8, atol=1e-10, msg=key
+            )
         assert (abs(rank_keys - keys) < 1e-12).all() and (rank_queued == queued).all()
 
 

@@ -33,8 +33,12 @@ def same(backbone, weights):
 def test_our_checkpoint_says_what_it_holds(tmp_path, weights):
     experiment = {"backbone": {"name": "resnet18", "stem": "auto"}, "augmentations": [{"crop_size": 32}]}
     state = {**prefixed("backbone.", weights), "projector.weight": torch.zeros(2)}
-    content = {"state_dict": state, "global_step": 1, "epoch": 0,
-               "solo": json.dumps({"version": "0", "method": "nnclr", "config": experiment})}
+    content = {
+        "state_dict": state,
+        "global_step": 1,
+        "epoch": 0,
+        "solo": json.dumps({"version": "0", "method": "nnclr", "config": experiment}),
+    }
     path = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.save(content, path)
     found = export.load(path)

@@ -37,20 +37,49 @@ def dry(capsys, scripts, line):
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run"]
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("", [PYTHON, "main_pretrain.py", "--config-name", "all4one.yaml"]),
-    ("max_epochs=2", [PYTHON, "main_pretrain.py", "--config-name", "all4one.yaml", "max_epochs=2"]),
-    ("-cn nnclr.yaml 'name=a b'", [PYTHON, "main_pretrain.py", "-cn", "nnclr.yaml", "name=a b"]),
-    ("--config-name=nnclr.yaml -m seed=1,2", [PYTHON, "main_pretrain.py", "--config-name=nnclr.yaml", "-m", "seed=1,2"]),
-    ("--script main_linear.py checkpoint=x", [PYTHON, "main_linear.py", "checkpoint=x"]),
-    ("--gpus 1", [PYTHON, "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=1", "num_nodes=1"]),
-    ("--processes 2 --config-path p --config-name nnclr.yaml",
-     [*TORCHRUN, "--nproc-per-node=2", "--standalone", "main_pretrain.py", "--config-path", "p", "--config-name", "nnclr.yaml",
-      "accelerator=cpu", "devices=2", "num_nodes=1"]),
-    ("--gpus 4 --nodes 2 --rendezvous n1:29500",
-     [*TORCHRUN, "--nproc-per-node=4", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=solo", "--rdzv-endpoint=n1:29500",
-      "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=4", "num_nodes=2"]),
-])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("", [PYTHON, "main_pretrain.py", "--config-name", "all4one.yaml"]),
+        ("max_epochs=2", [PYTHON, "main_pretrain.py", "--config-name", "all4one.yaml", "max_epochs=2"]),
+        ("-cn nnclr.yaml 'name=a b'", [PYTHON, "main_pretrain.py", "-cn", "nnclr.yaml", "name=a b"]),
+        ("--config-name=nnclr.yaml -m seed=1,2", [PYTHON, "main_pretrain.py", "--config-name=nnclr.yaml", "-m", "seed=1,2"]),
+        ("--script main_linear.py checkpoint=x", [PYTHON, "main_linear.py", "checkpoint=x"]),
+        ("--gpus 1", [PYTHON, "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=1", "num_nodes=1"]),
+        (
+            "--processes 2 --config-path p --config-name nnclr.yaml",
+            [
+                *TORCHRUN,
+                "--nproc-per-node=2",
+                "--standalone",
+                "main_pretrain.py",
+                "--config-path",
+                "p",
+                "--config-name",
+                "nnclr.yaml",
+                "accelerator=cpu",
+                "devices=2",
+                "num_nodes=1",
+            ],
+        ),
+        (
+            "--gpus 4 --nodes 2 --rendezvous n1:29500",
+            [
+                *TORCHRUN,
+                "--nproc-per-node=4",
+                "--nnodes=2",
+                "--rdzv-backend=c10d",
+                "--rdzv-id=solo",
+                "--rdzv-endpoint=n1:29500",
+                "main_pretrain.py",
+                *launch.QUICK_START,
+                "accelerator=gpu",
+                "devices=4",
+                "num_nodes=2",
+            ],
+        ),
+    ],
+)
 def test_dry_run_prints_the_command(capsys, scripts, line, expected):
     assert dry(capsys, scripts, line) == [expected]
 
@@ -62,28 +91,47 @@ def test_nodes_meet_where_the_environment_says(capsys, scripts, monkeypatch):
 
 def test_slurm_starts_the_processes_itself(capsys, scripts):
     job, command = dry(capsys, scripts, "--slurm --gpus 2 --nodes 3 --time 1-01:30:00 --partition gpu --mem-gb 64 lr=1")
-    assert job == ["sbatch", "--job-name=solo", "--nodes=3", "--ntasks-per-node=2", "--gpus-per-node=2", "--mem=64GB",
-                   "--time=1530", "--partition=gpu"]
-    assert command == ["srun", PYTHON, "main_pretrain.py", *launch.QUICK_START, "lr=1",
-                       "accelerator=gpu", "devices=2", "num_nodes=3"]
+    assert job == [
+        "sbatch",
+        "--job-name=solo",
+        "--nodes=3",
+        "--ntasks-per-node=2",
+        "--gpus-per-node=2",
+        "--mem=64GB",
+        "--time=1530",
+        "--partition=gpu",
+    ]
+    assert command == [
+        "srun",
+        PYTHON,
+        "main_pretrain.py",
+        *launch.QUICK_START,
+        "lr=1",
+        "accelerator=gpu",
+        "devices=2",
+        "num_nodes=3",
+    ]
 
 
-@pytest.mark.parametrize("line, said", [
-    ("--gpu 2", "unknown flag --gpu, did you mean '--gpus'?"),
-    ("--confg-name=x", "unknown flag --confg-name, did you mean '--config-name'?"),
-    ("--gpus two", "argument --gpus: invalid int value: 'two'"),
-    ("--gpus 0", "--gpus must be at least 1, got 0"),
-    ("--gpus 1 --processes 1", "--gpus and --processes exclude each other"),
-    ("--gpus 2 ++devices=4", "devices is decided by --gpus"),
-    ("--nodes 2", "--nodes needs --gpus N or --processes N"),
-    ("--nodes 2 --gpus 1", "--nodes needs --rendezvous HOST:PORT"),
-    ("--nodes 2 --gpus 1 --rendezvous 'a;b'", "--rendezvous must be HOST:PORT, got 'a;b'"),
-    ("--partition gpu", "--partition is for SLURM jobs: add --slurm"),
-    ("--slurm --gpus 1", "--slurm needs --time"),
-    ("--slurm --gpus 1 --time tomorrow", "--time must be minutes or [days-]HH:MM:SS, got 'tomorrow'"),
-    ("--slurm --gpus 1 --time 5 --account 'a\n#SBATCH x'", "--account must be a plain word"),
-    ("--script main_linaer.py", "--script main_linaer.py does not exist, did you mean 'main_linear.py'?"),
-])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--gpu 2", "unknown flag --gpu, did you mean '--gpus'?"),
+        ("--confg-name=x", "unknown flag --confg-name, did you mean '--config-name'?"),
+        ("--gpus two", "argument --gpus: invalid int value: 'two'"),
+        ("--gpus 0", "--gpus must be at least 1, got 0"),
+        ("--gpus 1 --processes 1", "--gpus and --processes exclude each other"),
+        ("--gpus 2 ++devices=4", "devices is decided by --gpus"),
+        ("--nodes 2", "--nodes needs --gpus N or --processes N"),
+        ("--nodes 2 --gpus 1", "--nodes needs --rendezvous HOST:PORT"),
+        ("--nodes 2 --gpus 1 --rendezvous 'a;b'", "--rendezvous must be HOST:PORT, got 'a;b'"),
+        ("--partition gpu", "--partition is for SLURM jobs: add --slurm"),
+        ("--slurm --gpus 1", "--slurm needs --time"),
+        ("--slurm --gpus 1 --time tomorrow", "--time must be minutes or [days-]HH:MM:SS, got 'tomorrow'"),
+        ("--slurm --gpus 1 --time 5 --account 'a\n#SBATCH x'", "--account must be a plain word"),
+        ("--script main_linaer.py", "--script main_linaer.py does not exist, did you mean 'main_linear.py'?"),
+    ],
+)
 def test_a_mistake_is_named(scripts, line, said):
     with pytest.raises(ConfigError) as error:
         launch.main(shlex.split(line), scripts)
@@ -114,7 +162,8 @@ def test_a_child_ended_by_a_signal(scripts):
 
 def test_two_processes_under_torchrun(scripts):
     (scripts / "main_pretrain.py").write_text(
-        "import os, pathlib\npathlib.Path(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\").touch()\n")
+        "import os, pathlib\npathlib.Path(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\").touch()\n"
+    )
     assert launch.main(["--processes", "2"], scripts) == 0
     assert sorted(path.name for path in scripts.glob("rank*")) == ["rank0of2", "rank1of2"]
 
@@ -144,10 +193,11 @@ sys.exit(main([], pathlib.Path(sys.argv[1])))
 @pytest.mark.parametrize("number, to_group", [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)])
 def test_a_signal_reaches_the_child_once_and_is_waited_for(scripts, number, to_group):
     (scripts / "main_pretrain.py").write_text(WAITER)
-    process = subprocess.Popen([PYTHON, "-c", LAUNCH, str(scripts)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [PYTHON, "-c", LAUNCH, str(scripts)], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
     wait_for(scripts / "ready")
-    os.killpg(process.pid, number) if to_group else process.send_signal(number)      # a terminal's Ctrl-C goes to the group
+    os.killpg(process.pid, number) if to_group else process.send_signal(number)  # a terminal's Ctrl-C goes to the group
     assert process.wait(30) == 40
     assert (scripts / "received").read_text().split() == [str(int(number))]
 
@@ -191,10 +241,12 @@ def test_a_slurm_job_is_submitted_and_runs_the_command(scripts, cluster, capsys)
     assert "gpus" not in script
     (pickled,) = (scripts / "runs" / "slurm").glob("*.pkl")
     from submitit.core.utils import DelayedSubmission
+
     job = DelayedSubmission.load(pickled)
     assert job.function is subprocess.run and job.kwargs == {"check": True}
-    assert job.args == ([PYTHON, "main_pretrain.py", *launch.QUICK_START, "name=a b",
-                         "accelerator=cpu", "devices=2", "num_nodes=1"],)
+    assert job.args == (
+        [PYTHON, "main_pretrain.py", *launch.QUICK_START, "name=a b", "accelerator=cpu", "devices=2", "num_nodes=1"],
+    )
 
 
 def test_no_slurm_here(scripts, monkeypatch):

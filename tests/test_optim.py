@@ -31,17 +31,21 @@ def test_lars_equals_official(golden, dtype):
                 key = f"c{c}_step{step + 1}_{name}"
                 if key in z:
                     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-                    torch.testing.assert_close(p.detach().double(), z[key], rtol=tolerance, atol=tolerance * 1e-2, msg=f"{combo}: {key}")
+                    torch.testing.assert_close(
+                        p.detach().double(), z[key], rtol=tolerance, atol=tolerance * 1e-2, msg=f"{combo}: {key}"
+                    )
 
 
 def test_warmup_cosine_equals_official(golden):
     z = golden("solo_util_warmup_cosine")
     for i, config in enumerate(z.params["configs"]):
-        if config["warmup"] in (0, 2.5):        # published faults: see the next two tests
+        if config["warmup"] in (0, 2.5):  # published faults: see the next two tests
             continue
         for g, base in enumerate(config["lrs"]):
-            found = [warmup_cosine(t, config["total"], config["warmup"], base, config["start"], config["min_lr"])
-                     for t in range(config["total"] + 1)]
+            found = [
+                warmup_cosine(t, config["total"], config["warmup"], base, config["start"], config["min_lr"])
+                for t in range(config["total"] + 1)
+            ]
             # The official value at step `total` is the next recursion; ours is the floor it aims at.
             assert found == pytest.approx(z[f"lr_{i}"][: config["total"] + 1, g].tolist(), rel=1e-8, abs=1e-12)
 
@@ -63,14 +67,22 @@ def test_step_schedule():
 
 def names_of(groups, model):
     name_of = {id(p): name for name, p in model.named_parameters()}
-    return [{"name": g["name"], "weight_decay": g["weight_decay"], "params": [name_of[id(p)] for p in g["params"]]} for g in groups]
+    return [
+        {"name": g["name"], "weight_decay": g["weight_decay"], "params": [name_of[id(p)] for p in g["params"]]} for g in groups
+    ]
 
 
 def test_parameter_groups_equal_official(golden):
     z = golden("solo_util_param_groups")
     for i, run in enumerate(z.params["runs"]):
         model = {"simsiam": simsiam_like, "byol": byol_like, "all4one": all4one_like}[run["method"]](run)
-        options = model.param_options() if isinstance(model, All4One) else {"predictor": {"schedule": False}} if run["method"] == "simsiam" else {}
+        options = (
+            model.param_options()
+            if isinstance(model, All4One)
+            else {"predictor": {"schedule": False}}
+            if run["method"] == "simsiam"
+            else {}
+        )
         groups = parameter_groups(model, z.params["lr"], z.params["weight_decay"], options, run["exclude_bias_n_norm_wd"])
         # The official list begins with an empty backbone (here an identity) and the classifier, which is a callback of ours.
         official = [g for g in run["groups"] if g["params"] and not g["params"][0].startswith("classifier")]
@@ -89,15 +101,23 @@ def assert_rates(groups, official, params):
     epochs, steps = params["max_epochs"], len(official)
     config = SchedulerConfig(warmup_epochs=params["warmup_epochs"])
     for column, group in enumerate(groups):
-        found = [learning_rate(config, t, steps, steps / epochs, group["lr"]) if group["schedule"] else group["lr"] for t in range(steps)]
+        found = [
+            learning_rate(config, t, steps, steps / epochs, group["lr"]) if group["schedule"] else group["lr"]
+            for t in range(steps)
+        ]
         # An un-scheduled group's official step 0 has the warm-up start value: a published fault.
         first = 0 if group["schedule"] else 1
         assert found[first:] == pytest.approx(official[first:, column].tolist(), rel=1e-8)
 
 
 def simsiam_like(run):
-    projector = nn.Sequential(*(nn.Linear(4, 4, bias=i == 2) if kind == "L" else nn.BatchNorm1d(4, affine=i < 2) if kind == "B" else nn.ReLU()
-                                for i, part in enumerate(("LBR", "LBR", "LB")) for kind in part))
+    projector = nn.Sequential(
+        *(
+            nn.Linear(4, 4, bias=i == 2) if kind == "L" else nn.BatchNorm1d(4, affine=i < 2) if kind == "B" else nn.ReLU()
+            for i, part in enumerate(("LBR", "LBR", "LB"))
+            for kind in part
+        )
+    )
     projector[6].bias.requires_grad_(any("projector.6.bias" in g["params"] for g in run["groups"]))
     predictor = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
     return nn.ModuleDict({"projector": projector, "predictor": predictor})

@@ -45,9 +45,16 @@ def test_versions_known_to_be_harmful_stay_out():
 
 
 def test_what_solo_imports_is_what_it_asks_for():
-    distribution = {"hydra": "hydra-core", "PIL": "pillow", "positional_encodings": "positional-encodings",
-                    "sklearn": "scikit-learn", "pytorch_lightning": "pytorch-lightning", "umap": "umap-learn",
-                    "lightning_fabric": "pytorch-lightning", "nvidia": "nvidia-dali-cuda120"}
+    distribution = {
+        "hydra": "hydra-core",
+        "PIL": "pillow",
+        "positional_encodings": "positional-encodings",
+        "sklearn": "scikit-learn",
+        "pytorch_lightning": "pytorch-lightning",
+        "umap": "umap-learn",
+        "lightning_fabric": "pytorch-lightning",
+        "nvidia": "nvidia-dali-cuda120",
+    }
     imported = set()
     for path in [*(ROOT / "solo").rglob("*.py"), *ROOT.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -57,8 +64,8 @@ def test_what_solo_imports_is_what_it_asks_for():
                 imported.add(node.module.split(".")[0])
     imported -= set(sys.stdlib_module_names) | {"solo", "setuptools"}
     used = {distribution.get(name, name) for name in imported}
-    assert used <= {*CORE, *EXTRAS, "triton"}, "pyproject.toml does not name it"        # triton comes with torch
-    assert set(CORE) <= used | {"tensorboard"}, "nothing imports it"                    # Lightning imports tensorboard for us
+    assert used <= {*CORE, *EXTRAS, "triton"}, "pyproject.toml does not name it"  # triton comes with torch
+    assert set(CORE) <= used | {"tensorboard"}, "nothing imports it"  # Lightning imports tensorboard for us
 
 
 def test_pip_install_gives_an_importable_typed_package(tmp_path):
@@ -77,6 +84,12 @@ def test_pip_install_gives_an_importable_typed_package(tmp_path):
     assert not (site / "tests").exists()
     # -S keeps this environment's own site-packages, and so the clone's editable install, out
     source = "import solo.errors, solo.registry, sys; print(solo.__file__)"
-    found = subprocess.run([sys.executable, "-S", "-c", source], cwd=tmp_path, env={"PYTHONPATH": str(site)},
-                           capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", source],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     assert Path(found) == site / "solo" / "__init__.py"

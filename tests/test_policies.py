@@ -33,8 +33,16 @@ MAY_IMPORT = {
 }
 TOP = {"__init__", "experiment", "run", "testing"}
 # Third-party roots that have one home.
-HOMES = {"hydra": "config.py", "omegaconf": "config.py", "torchvision": "data/", "triton": "kernels/", "submitit": "launch.py",
-         "numba": ("data/", "kernels/"), "nvidia": "data/engines/dali.py", "wandb": "run.py"}
+HOMES = {
+    "hydra": "config.py",
+    "omegaconf": "config.py",
+    "torchvision": "data/",
+    "triton": "kernels/",
+    "submitit": "launch.py",
+    "numba": ("data/", "kernels/"),
+    "nvidia": "data/engines/dali.py",
+    "wandb": "run.py",
+}
 
 
 def relative(path):

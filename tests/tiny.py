@@ -4,8 +4,13 @@ from typing import Any
 
 SIZES = {"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 16, "queue_size": 32}
 BACKBONE = {"name": "resnet18", "kwargs": {"channels": [4, 4, 4, 8], "layers": [1, 1, 1, 1]}, "stem": "imagenet"}
-VIEW = {"crop_size": 16, "num_crops": 2, "rrc": {"crop_min_scale": 0.3}, "horizontal_flip": {"prob": 0.5},
-        "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}}
+VIEW = {
+    "crop_size": 16,
+    "num_crops": 2,
+    "rrc": {"crop_min_scale": 0.3},
+    "horizontal_flip": {"prob": 0.5},
+    "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+}
 
 
 def values(method: str, folder: Any, **changes: Any) -> dict[str, Any]:

@@ -69,7 +69,11 @@ class Curve(pl.Callback):
 
 def hardware() -> str:
     """The device that trains, in words."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
 
 
 def main() -> None:
@@ -80,13 +84,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--every", type=int, default=5, help="epochs between evaluations")
     parser.add_argument("overrides", nargs="*", help="key=value, over scripts/pretrain/cifar/<method>.yaml")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     images = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared")) / "data" / "cifar10-jpeg.npz"
-    settings = {"data.dataset": "npz", "data.train_path": images, "data.train_size": options.images, "max_epochs": options.epochs,
-                "name": f"learn-{options.method}", "knn.enabled": "false", "report.enabled": "false", "resume": "never"}
+    settings = {
+        "data.dataset": "npz",
+        "data.train_path": images,
+        "data.train_size": options.images,
+        "max_epochs": options.epochs,
+        "name": f"learn-{options.method}",
+        "knn.enabled": "false",
+        "report.enabled": "false",
+        "resume": "never",
+    }
     overrides = [*(f"{key}={value}" for key, value in settings.items()), *options.overrides]
     config = experiment(load(ROOT / "scripts" / "pretrain" / "cifar" / f"{options.method}.yaml", overrides))
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "-"
+    revision = (
+        subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "-"
+    )
     curve = Curve(ROOT / "bench" / "learn" / f"{options.method}-{options.images}-{options.epochs}.csv", options.every)
     pretrain(config, extra_callbacks=[curve])
     note(options, config, curve, revision)
@@ -95,8 +109,16 @@ def main() -> None:
 def note(options: argparse.Namespace, config: Any, curve: Curve, revision: str) -> None:
     """Append the run to the table in LAB.md."""
     first, last = curve.rows[0], curve.rows[-1]
-    cells = [options.method, options.images, options.epochs, " ".join(options.overrides) or "recipe", hardware(), f"{last['seconds']:.0f}",
-             *(f"{first[name]:.1f} -> **{last[name]:.1f}**" for name in COLUMNS[2:]), revision]
+    cells = [
+        options.method,
+        options.images,
+        options.epochs,
+        " ".join(options.overrides) or "recipe",
+        hardware(),
+        f"{last['seconds']:.0f}",
+        *(f"{first[name]:.1f} -> **{last[name]:.1f}**" for name in COLUMNS[2:]),
+        revision,
+    ]
     lab = ROOT / "LAB.md"
     text = lab.read_text()
     lab.write_text(text.replace(TABLE, "| " + " | ".join(map(str, cells)) + " |\n" + TABLE))

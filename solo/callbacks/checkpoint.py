@@ -84,10 +84,12 @@ class Checkpointer(Checkpoint):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["solo"] = json.dumps(self.provenance)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         last = batch_idx + 1 == trainer.num_training_batches
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
-            return                                  # half an optimizer step cannot be saved
+            return  # half an optimizer step cannot be saved
         number, due = self._agreed(trainer, time.monotonic() - self._saved_at > 60 * self.config.minutes)
         if number and not last:
             self.save(trainer)
@@ -131,5 +133,9 @@ class Checkpointer(Checkpoint):
 
     def _leave(self, trainer: pl.Trainer, number: int) -> None:
         where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-        how = f"saved in {self.folder}; run the same command to continue" if self.config.enabled else "not saved: checkpoint.enabled=false"
+        how = (
+            f"saved in {self.folder}; run the same command to continue"
+            if self.config.enabled
+            else "not saved: checkpoint.enabled=false"
+        )
         raise Interrupted(f"{signal.Signals(number).name} at {where}: {how}", number)

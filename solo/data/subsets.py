@@ -1,7 +1,5 @@
 """Parts of a source, and a source read into memory."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
 from solo.data.random import integers
@@ -62,21 +60,16 @@ def in_memory(source: Source, max_size: int) -> Source:
         return source
     images = np.zeros((len(source), *shape), dtype=np.uint8)
     unreadable: dict[int, str] = {}
-
-    def read(i: int) -> bool:
+    for i in range(len(source)):  # threads would only wait for each other: decoding small images holds the interpreter lock
         try:
             image = source.load(i)
         except BadImage as error:
             unreadable[i] = str(error)
-            return True
+            continue
         if image.shape != shape:
-            return False
+            return source
         images[i] = image
-        return True
-
-    with ThreadPoolExecutor() as pool:
-        one_size = all(pool.map(read, range(len(source))))
-    return ArraySource(images, source.labels, source.classes, source, unreadable) if one_size else source
+    return ArraySource(images, source.labels, source.classes, source, unreadable)
 
 
 def _first_shape(source: Source) -> tuple[int, ...] | None:

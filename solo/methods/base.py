@@ -57,7 +57,7 @@ class Method(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, dim] of images."""
-        return self.backbone(x)  # type: ignore[no-any-return]
+        return self.backbone(x)
 
     @property
     def progress(self) -> float:
@@ -78,7 +78,8 @@ class Method(pl.LightningModule):
             if size % global_batch:
                 below, above = size // global_batch * global_batch, math.ceil(size / global_batch) * global_batch
                 nearest = f"{below} or {above}" if below else str(above)
-                raise ConfigError(f"method_kwargs.{name}_size={size} is not a multiple of the global batch {global_batch}: use {nearest}")
+                key = f"method_kwargs.{name}_size={size}"
+                raise ConfigError(f"{key} is not a multiple of the global batch {global_batch}: use {nearest}")
 
     def after_step(self, progress: float) -> dict[str, float]:
         """What follows each optimizer step: queues take what was pushed, teachers move.

@@ -7,7 +7,7 @@ import torch
 
 from solo.losses import all4one_loss_func, feature_loss_func, nnclr_loss_func
 
-TOLERANCE = {torch.float64: (1e-9, 1e-8), torch.float32: (2e-6, 5e-6)}      # of the loss, of a gradient's largest entry
+TOLERANCE = {torch.float64: (1e-9, 1e-8), torch.float32: (2e-6, 5e-6)}  # of the loss, of a gradient's largest entry
 
 
 def assert_gradient(found, expected, tolerance):
@@ -58,13 +58,22 @@ def test_all4one_terms_equal_official(golden, number, dtype):
     m = z["momentum_z_1"], z["momentum_z_2"]
     neighbours = [z["b0::queue"][(v @ z["b0::queue"].T).argmax(1)] for v in m]
     terms = all4one_loss_func(
-        (z["rich_emb_1"], z["rich_emb_2"]), (z["strange_emb_1"], z["strange_emb_2"]), tuple(neighbours),
-        (z["p_1"], z["p_2"]), (z["z1"], z["z2"]), m,
-        temperature=g.params["temperature"], centroid_temperature=g.params["centroid_temperature"],
+        (z["rich_emb_1"], z["rich_emb_2"]),
+        (z["strange_emb_1"], z["strange_emb_2"]),
+        tuple(neighbours),
+        (z["p_1"], z["p_2"]),
+        (z["z1"], z["z2"]),
+        m,
+        temperature=g.params["temperature"],
+        centroid_temperature=g.params["centroid_temperature"],
     )
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-5}[dtype]
-    for found, name in ((terms.centroid, "att_nnclr_loss"), (terms.neighbour, "nnclr_loss"),
-                        (terms.feature, "feature_loss"), (terms.loss, "loss")):
+    for found, name in (
+        (terms.centroid, "att_nnclr_loss"),
+        (terms.neighbour, "nnclr_loss"),
+        (terms.feature, "feature_loss"),
+        (terms.loss, "loss"),
+    ):
         assert found.item() == pytest.approx(g[name].item(), rel=tolerance), name
 
 

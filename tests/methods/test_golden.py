@@ -10,8 +10,11 @@ from tests.losses.test_losses import assert_gradient
 
 # Official parameter names and ours.
 RENAMED = {
-    "queue": "queue.keys", "queue_y": "queue.labels",
-    "momentum_projector.": "teacher.1.", "predictor2.": "centroid_predictor.", "transformer_encoder.": "transformer.",
+    "queue": "queue.keys",
+    "queue_y": "queue.labels",
+    "momentum_projector.": "teacher.1.",
+    "predictor2.": "centroid_predictor.",
+    "transformer_encoder.": "transformer.",
 }
 NOT_OURS = ("queue_ptr", "queue_index", "num_batches_tracked")
 
@@ -30,7 +33,7 @@ class Features(nn.Module):
 def ours(name):
     for official, own in RENAMED.items():
         if name == official or (official.endswith(".") and name.startswith(official)):
-            return own + name[len(official):]
+            return own + name[len(official) :]
     return name
 
 
@@ -98,7 +101,9 @@ class Targets(nn.Module):
 def test_all4one_from_projections_equals_official(golden, number, dtype):
     z = golden(f"solo_all4one_loss_{number}")
     d = z["z1"].shape[1]
-    config = All4One.Config(proj_output_dim=d, pred_hidden_dim=len(z["w::predictor.0.weight"]), queue_size=len(z["b0::queue"]), dropout=0.0)
+    config = All4One.Config(
+        proj_output_dim=d, pred_hidden_dim=len(z["w::predictor.0.weight"]), queue_size=len(z["b0::queue"]), dropout=0.0
+    )
     model = All4One(Features(d), config)
     model.projector = nn.Identity()
     views = [z[name].to(dtype).requires_grad_() for name in ("z1", "z2")]
@@ -119,5 +124,7 @@ def test_all4one_from_projections_equals_official(golden, number, dtype):
     largest = max(g.abs().max() for key, g in z.items() if key.startswith("g::"))
     parameters = dict(model.named_parameters())
     for key, official in ((ours(k[3:]), v) for k, v in z.items() if k.startswith("g::")):
-        assert (parameters[key].grad.double() - official).abs().max() <= gradient * max(official.abs().max(), 0.1 * largest), key
+        assert (parameters[key].grad.double() - official).abs().max() <= gradient * max(official.abs().max(), 0.1 * largest), (
+            key
+        )
     torch.testing.assert_close(model.queue.keys.double(), z["b1::queue"], rtol=1e-5, atol=1e-6)
