@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import timm
 import timm.models
+import torch
 from torch import nn
 
 from solo.errors import ConfigError
@@ -59,7 +60,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
-    return model
+    return model.to(memory_format=torch.channels_last)         # the fast layout of convolutions, on CPU and GPU
 
 
 def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:

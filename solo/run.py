@@ -28,6 +28,7 @@ from solo.config import load
 from solo.console import quiet_libraries, say
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
+from solo.data.resume import SettledCounters
 from solo.errors import ConfigError, EnvironmentFault
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
@@ -212,7 +213,7 @@ def _trainer(
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))
-    callbacks += [*extra_callbacks, MetricsLogger(), RunProgress(), Checkpointer(config.checkpoint, run_dir, provenance)]
+    callbacks += [*extra_callbacks, MetricsLogger(), RunProgress(), SettledCounters(), Checkpointer(config.checkpoint, run_dir, provenance)]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

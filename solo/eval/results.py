@@ -38,10 +38,13 @@ def record(directory: Path, section: str, content: Any) -> Path:
 
 
 def show(title: str, columns: list[str], rows: list[list[Any]], caption: str = "") -> None:
-    """Print a table; floats get two digits."""
-    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    """Print a table and a line below it; floats get two digits."""
+    table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if caption:
+        console.print(caption, style="dim", highlight=False, soft_wrap=True)

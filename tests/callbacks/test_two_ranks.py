@@ -41,7 +41,10 @@ def features_and_hits(rank, shares):
     return bank.features.tolist(), bank.labels.tolist(), all_reduce(hits).tolist()
 
 
-@pytest.mark.parametrize("shares", [(batches(1)[:4], batches(1)[4:]), (batches(1)[::2], batches(1)[1::2])], ids=["contiguous", "striped"])
+SHARES = {"contiguous": (batches(1)[:4], batches(1)[4:]), "striped": (batches(1)[::2], batches(1)[1::2])}
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_features_are_in_dataset_order_and_hits_add_up(shares):
     first, second = run_ranks(features_and_hits, shares)
     alone = features_and_hits(0, [batches(1)])
