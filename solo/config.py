@@ -228,7 +228,7 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
 
 
 # Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
-_QUIET = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+_QUIET = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 _SWEEP = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
 _FLAGS_WITH_VALUE = {
     "--config-path",

@@ -208,8 +208,7 @@ def _trainer(
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
     if config.probe.enabled and classes > 1:
-        accumulated = int(arguments.get("accumulate_grad_batches", 1))
-        lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch * accumulated)
+        lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))

@@ -22,7 +22,7 @@ class MetricsLogger(Callback):
     """Sends ``train/<name>`` for every scalar of ``outputs`` and of the callbacks (`StepScalars`), and ``train/lr``.
 
     Values are means over the batches since the last report and over ranks; a report is made every
-    ``trainer.log_every_n_steps`` optimizer steps and after the last one.
+    ``trainer.log_every_n_steps`` optimizer steps and at the end of each epoch.
 
     Attributes:
         last: values of the last report.
@@ -49,7 +49,7 @@ class MetricsLogger(Callback):
                 for name, value in callback.step_scalars.items():
                     self._add(name, value)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step != self._reported and ((every and step % every == 0) or step == trainer.estimated_stepping_batches):
+        if step != self._reported and (trainer.is_last_batch or (every and step % every == 0)):
             self._report(trainer)
 
     def _add(self, name: str, value: Any) -> None:

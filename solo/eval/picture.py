@@ -66,8 +66,10 @@ def _loss(axes: Axes, history: dict[str, list[tuple[int, float]]]) -> None:
         axes.text(0.5, 0.5, "no train/loss in the CSV logs", ha="center", va="center", transform=axes.transAxes, color=_INK)
         return
     steps, values = np.array(curve).T
-    axes.plot(steps, values, color=_COLORS[0], linewidth=0.8 if len(steps) > 40 else 1.8, alpha=0.45 if len(steps) > 40 else 1)
-    if len(steps) > 40:
+    if len(steps) <= 40:
+        axes.plot(steps, values, color=_COLORS[0], linewidth=2, marker="o", markersize=4)
+    else:
+        axes.plot(steps, values, color=_COLORS[0], linewidth=0.8, alpha=0.45)
         width = max(5, len(steps) // 30)
         smooth = np.convolve(np.pad(values, width // 2, mode="edge"), np.ones(width) / width, mode="valid")[: len(steps)]
         axes.plot(steps, smooth, color=_COLORS[0], linewidth=2)

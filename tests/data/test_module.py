@@ -37,7 +37,7 @@ def opened(name: str) -> tuple[ArraySource, ArraySource]:
     return row.open(config, True), row.open(config, False)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("digits", (1400, 397)), ("cluttered_digits", (7000, 1985))])
+@pytest.mark.parametrize(("name", "sizes"), [("digits", (1400, 397)), ("moved_digits", (7000, 1985))])
 def test_embedded_datasets(name: str, sizes: tuple[int, int]) -> None:
     train, test = opened(name)
     assert (len(train), len(test)) == sizes and train.images.shape[1:] == (32, 32, 3)
