@@ -11,7 +11,7 @@ import torchvision.datasets
 from filelock import FileLock
 
 from solo.data.config import DataConfig
-from solo.data.digits import digits, moved_digits
+from solo.data.digits import colored_digits, digits
 from solo.data.sources import (
     ArraySource,
     EncodedSource,
@@ -158,7 +158,7 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
 
 
 _add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))
-_add("moved_digits", 10, 16, (0.181,) * 3, (0.223,) * 3, _embedded(moved_digits))
+_add("colored_digits", 10, 32, (0.418, 0.419, 0.421), (0.211, 0.206, 0.208), _embedded(colored_digits))
 _cifar_parts: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
 _add("cifar10", 10, 32, CIFAR10_MEAN, CIFAR10_STD, _torchvision(torchvision.datasets.CIFAR10, *_cifar_parts))
 _add(

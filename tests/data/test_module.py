@@ -37,7 +37,7 @@ def opened(name: str) -> tuple[ArraySource, ArraySource]:
     return row.open(config, True), row.open(config, False)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("digits", (1400, 397)), ("moved_digits", (7000, 1985))])
+@pytest.mark.parametrize(("name", "sizes"), [("digits", (1400, 397)), ("colored_digits", (1400, 397))])
 def test_embedded_datasets(name: str, sizes: tuple[int, int]) -> None:
     train, test = opened(name)
     assert (len(train), len(test)) == sizes and train.images.shape[1:] == (32, 32, 3)
@@ -45,7 +45,7 @@ def test_embedded_datasets(name: str, sizes: tuple[int, int]) -> None:
     assert np.array_equal(train.images, opened(name)[0].images)
     pixels, row = train.images / 255, DATASETS[name]
     assert np.allclose(pixels.mean((0, 1, 2)), row.mean, atol=2e-3) and np.allclose(pixels.std((0, 1, 2)), row.std, atol=2e-3)
-    assert knn(train, test) > 0.95 if name == "digits" else knn(train, test) < 0.5
+    assert knn(train, test) > 0.95 if name == "digits" else knn(train, test) < 0.9
 
 
 def test_test_digits_are_not_training_digits() -> None:
