@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -165,14 +166,18 @@ def newest(folder: str | Path) -> Path | None:
 
 
 def resolve(path: str | Path, key: str = "checkpoint") -> Path:
-    """A checkpoint file from what a user named: the file itself, or a run's directory for its newest one.
+    """A checkpoint file from what a user named: the file, a run's directory, or that directory's name without its hash.
 
     Raises:
-        ConfigError: there is nothing of the kind.
+        ConfigError: there is nothing of the kind, or several runs of that name.
     """
     path = Path(path)
     if path.is_file():
         return path
+    runs = sorted(run for run in path.parent.glob(f"{path.name}-*") if re.fullmatch(r"[0-9a-f]{8}", run.name[len(path.name) + 1 :]))
+    if not path.exists() and len(runs) > 1:
+        raise ConfigError(f"{key}={path} could be {', '.join(map(str, runs))}: name one")
+    path = runs[0] if not path.exists() and runs else path
     if path.is_dir():
         for folder in (path / "checkpoints", path):
             if found := newest(folder):

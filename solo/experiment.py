@@ -105,31 +105,13 @@ class Experiment:
         Args:
             global_batch: images per step over all processes; stands for devices, nodes and ``optimizer.batch_size``.
         """
-        content = self.to_json()
-        for key in (
-            "name",
-            "checkpoint",
-            "report",
-            "resume",
-            "loggers",
-            "wandb",
-            "knn",
-            "health",
-            "probe",
-            "extra",
-            *_NOT_LEARNED,
-        ):
-            content.pop(key, None)
-        for block, key in (
-            ("data", "num_workers"),
-            ("data", "timeout"),
-            ("data", "download"),
-            ("data", "val_path"),
-            ("optimizer", "batch_size"),
-        ):
-            content[block].pop(key, None)
-        text = json.dumps({**content, "global_batch": global_batch}, sort_keys=True)
+        text = json.dumps({**_learned(self.to_json()), "global_batch": global_batch}, sort_keys=True)
         return Path(self.checkpoint.dir) / f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys that change what is learned and differ from another config: (its value, this one's)."""
+        theirs, own = _flat(_learned(other)), _flat(_learned(self.to_json()))
+        return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
     def title(self) -> str:
@@ -137,27 +119,35 @@ class Experiment:
         return self.name or f"{self.method.rpartition(':')[2]}-{self.data.dataset.rpartition(':')[2]}"
 
 
-# Trainer arguments that do not change what is learned.
 _NOT_LEARNED = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "log_every_n_steps",
-    "enable_model_summary",
-    "profiler",
-    "limit_val_batches",
-    "limit_test_batches",
-    "limit_predict_batches",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-    "num_sanity_val_steps",
-    "detect_anomaly",
-    "benchmark",
-    "deterministic",
-    "inference_mode",
-    "barebones",
+    *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
+    *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
+    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
+    *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones"),
 )
+_NOT_LEARNED_INSIDE = (
+    ("data", "num_workers"),
+    ("data", "timeout"),
+    ("data", "download"),
+    ("data", "val_path"),
+    ("optimizer", "batch_size"),
+)
+
+
+def _learned(content: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that decides what is learned; the batch counts through the global batch."""
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    for key in _NOT_LEARNED:
+        content.pop(key, None)
+    for block, key in _NOT_LEARNED_INSIDE:
+        content.get(block, {}).pop(key, None)
+    return content
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {path: content}
+    return {key: value for name, part in content.items() for key, value in _flat(part, f"{path}.{name}" if path else name).items()}
 
 
 def experiment(values: dict[str, Any]) -> Experiment:

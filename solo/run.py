@@ -167,6 +167,8 @@ def _start(config: Experiment, run_dir: Path, method: Method) -> Path | None:
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{start} does not fit this model: {problem}")
     say(f"continuing {start} (epoch {content['epoch']}, step {content['global_step']})")
+    for key, (then, now) in config.changes(json.loads(content["solo"])["config"]).items():
+        say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
     return start
 
 
@@ -212,7 +214,13 @@ def _trainer(
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))
-    callbacks += [*extra_callbacks, MetricsLogger(), RunProgress(), SettledCounters(), Checkpointer(config.checkpoint, run_dir, provenance)]
+    callbacks += [
+        *extra_callbacks,
+        MetricsLogger(),
+        RunProgress(),
+        SettledCounters(),
+        Checkpointer(config.checkpoint, run_dir, provenance),
+    ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -98,3 +98,15 @@ def test_misfit_names_keys():
     assert checkpoint.misfit(model, dict(model)) == ""
     text = checkpoint.misfit(model, {"a": torch.zeros(3), "c": torch.zeros(1)})
     assert text == "missing 1: b; unexpected 1: c; shape of: a (3,) instead of (2,)"
+
+
+def test_a_run_is_found_by_file_directory_and_name(tmp_path):
+    run = tmp_path / "quick-0123abcd"
+    checkpoint.save(content(), run / "checkpoints" / "step-1.ckpt")
+    for name in (run / "checkpoints" / "step-1.ckpt", run, tmp_path / "quick"):
+        assert checkpoint.resolve(name).name == "step-1.ckpt"
+    checkpoint.save(content(), tmp_path / "quick-99999999" / "checkpoints" / "step-1.ckpt")
+    with pytest.raises(ConfigError, match="quick-0123abcd.*quick-99999999.*name one"):
+        checkpoint.resolve(tmp_path / "quick")
+    with pytest.raises(ConfigError, match="does not exist"):
+        checkpoint.resolve(tmp_path / "slow")

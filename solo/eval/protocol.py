@@ -46,7 +46,11 @@ def evaluate_linear(
     pl.seed_everything(config.seed, verbose=False)
     images = data_config(source, config.data)
     views = config.augmentations or [standard_view(images.size or source.image_size or DATASETS[images.dataset].size)]
-    data = data_module(source, images, views, config.optimizer.batch_size, config.seed)
+    data = data_module(source, images, views, 1, config.seed)
+    data.batch_size = min(config.optimizer.batch_size, len(data.selected))
+    if data.batch_size < config.optimizer.batch_size:
+        say(f"{data.batch_size} images: one batch an epoch, optimizer.batch_size={config.optimizer.batch_size} is more")
+        config.optimizer.batch_size = data.batch_size
     name = ("finetune" if config.finetune else "linear") + (f"@{images.fraction:g}" if images.fraction < 1 else "")
     output = Path(config.output) if config.output else run_directory(source.path)
     model = Classifier(source.backbone, data.spec.classes, config).train()

@@ -109,7 +109,7 @@ class Method(pl.LightningModule):
         say(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
                        f"{self.trainer.world_size} processes x {accumulated} accumulated)")
         groups = optim.parameter_groups(self, lr, config.weight_decay, self.param_options(), config.exclude_bias_n_norm_wd)
-        self._base_lrs = [group["lr"] for group in groups]
+        self._group_options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return optim.build(config, groups)
 
     def on_fit_start(self) -> None:
@@ -117,6 +117,8 @@ class Method(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._total_steps = int(self.trainer.estimated_stepping_batches)
+        for group, options in zip(self._groups(), self._group_options, strict=True):
+            group.update(options)                   # what the config says now, not what a checkpoint said
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # The state of the global generator is a function of where the run is, so there is none to store.
@@ -126,10 +128,14 @@ class Method(pl.LightningModule):
 
     def _set_learning_rates(self) -> None:
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):  # type: ignore[union-attr]
+        for group, options in zip(self._groups(), self._group_options, strict=True):
             if group["schedule"]:
-                group["lr"] = learning_rate(self.scheduler_config, self.trainer.global_step, self._total_steps, per_epoch, base)
+                group["lr"] = learning_rate(
+                    self.scheduler_config, self.trainer.global_step, self._total_steps, per_epoch, options["lr"]
+                )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
