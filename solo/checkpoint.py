@@ -174,7 +174,8 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    runs = sorted(run for run in path.parent.glob(f"{path.name}-*") if re.fullmatch(r"[0-9a-f]{8}", run.name[len(path.name) + 1 :]))
+    name = re.compile(re.escape(path.name) + "-[0-9a-f]{8}")
+    runs = sorted(run for run in path.parent.glob("*") if name.fullmatch(run.name))
     if not path.exists() and len(runs) > 1:
         raise ConfigError(f"{key}={path} could be {', '.join(map(str, runs))}: name one")
     path = runs[0] if not path.exists() and runs else path

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from solo.config import unknown_key
+
 # Keys that solo-learn's shipped files carry and no code of it reads, or that mean nothing here.
 _IGNORED = {
     "scheduler.interval": "the schedule always advances per optimizer step",
@@ -18,52 +20,58 @@ _IGNORED = {
 }
 
 
-def _resume(values: dict[str, Any], block: dict[str, Any]) -> None:
-    if "enabled" in block:
-        values.setdefault("resume", "auto" if block.pop("enabled") else "never")
-
-
-def _resume_path(values: dict[str, Any], path: Any) -> None:
-    if path:
-        values.setdefault("resume", path)
-
-
-def _knn(values: dict[str, Any], block: dict[str, Any]) -> None:
-    knn = values.setdefault("knn", {})
-    for theirs, own in (("enabled", "enabled"), ("k", "k"), ("T", "temperature"), ("distance_func", "distance")):
-        if theirs in block:
-            value = block.pop(theirs)
-            knn.setdefault(own, [value] if own == "k" and isinstance(value, int) else value)
-
-
-_MOVED: dict[str, Callable[[dict[str, Any], Any], None]] = {
-    "auto_resume": _resume,
-    "resume_from_checkpoint": _resume_path,
-    "knn_eval": _knn,
+# Keys with another name here.
+_MOVED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "resume_from_checkpoint": ("resume", str),
+    "auto_resume.enabled": ("resume", lambda enabled: "auto" if enabled else "never"),
+    "knn_eval.enabled": ("knn.enabled", lambda value: value),
+    "knn_eval.k": ("knn.k", lambda k: [k] if isinstance(k, int) else k),
+    "knn_eval.T": ("knn.temperature", lambda value: value),
+    "knn_eval.distance_func": ("knn.distance", lambda value: value),
 }
+# Blocks that exist there only: whatever else they hold is unknown.
+_THEIRS = ("auto_resume", "knn_eval", "performance")
 
 
-def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """solo-learn's keys moved to ours.
+def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """solo-learn's keys moved to ours; a key given in our words as well keeps that value.
 
     Args:
-        values: a composed config.
+        values: a composed config, left as it is.
 
     Returns:
-        The config, and a line for each key that is read by nobody.
+        The config, a line for each key that is read by nobody, and a line for each that is unknown.
     """
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    ignored = []
-    for path, reason in _IGNORED.items():
-        *parents, key = path.split(".")
-        block = values.get(parents[0]) if parents else values
-        if isinstance(block, dict) and key in block:
-            del block[key]
-            ignored.append(f"{path} is ignored: {reason}")
-    for key, move in _MOVED.items():
-        if key in values:
-            block = values.pop(key)
-            move(values, block)
-            if isinstance(block, dict) and block:
-                values[key] = block             # what is left is unknown, and will be named
-    return values, ignored
+    ignored = [f"{path} is ignored: {reason}" for path, reason in _IGNORED.items() if _take(values, path) is not _ABSENT]
+    for path, (own, convert) in _MOVED.items():
+        value = _take(values, path)
+        if value is not _ABSENT and value is not None:
+            _give(values, own, convert(value))
+    known = [*_IGNORED, *_MOVED]
+    unknown = []
+    for name in _THEIRS:
+        block = values.pop(name, None) or {}
+        if not isinstance(block, dict):
+            unknown.append(f"{name} must be a block of keys, got {block!r}")
+            continue
+        inside = [path.removeprefix(f"{name}.") for path in known if path.startswith(f"{name}.")]
+        unknown += [unknown_key(key, name, inside) for key in block]
+    return values, ignored, unknown
+
+
+_ABSENT = object()
+
+
+def _take(values: dict[str, Any], path: str) -> Any:
+    """Remove a key and return its value."""
+    *parents, key = path.split(".")
+    block = values.get(parents[0]) if parents else values
+    return block.pop(key, _ABSENT) if isinstance(block, dict) else _ABSENT
+
+
+def _give(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, key = path.split(".")
+    block = values.setdefault(parents[0], {}) if parents else values
+    if isinstance(block, dict):
+        block.setdefault(key, value)

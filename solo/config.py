@@ -188,9 +188,12 @@ def values(config: DictConfig) -> dict[str, Any]:
         ConfigError: an interpolation does not resolve or a mandatory value is missing.
     """
     try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        missing = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra."))
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
+    if missing:
+        raise ConfigError("\n".join(f"{key} has to be given: add {key}=..." for key in missing))
     assert isinstance(content, dict)
     content.pop("hydra", None)
     return {str(key): value for key, value in content.items()}

@@ -147,7 +147,10 @@ def _learned(content: dict[str, Any]) -> dict[str, Any]:
 def _flat(content: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         return {path: content}
-    return {key: value for name, part in content.items() for key, value in _flat(part, f"{path}.{name}" if path else name).items()}
+    flat: dict[str, Any] = {}
+    for name, part in content.items():
+        flat |= _flat(part, f"{path}.{name}" if path else name)
+    return flat
 
 
 def experiment(values: dict[str, Any]) -> Experiment:
@@ -156,10 +159,9 @@ def experiment(values: dict[str, Any]) -> Experiment:
     Raises:
         ConfigError: one line for everything that is wrong with it.
     """
-    values, ignored = translate(values)
+    values, ignored, problems = translate(values)
     for line in ignored:
         say(line)
-    problems: list[str] = []
     trainer = {key: values.pop(key) for key in list(values) if key in TRAINER_ARGUMENTS}
     owned = [key for key in values if key in _OWNED]
     problems += [f"{key} is decided by the run itself and cannot be set" for key in owned]

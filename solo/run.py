@@ -29,6 +29,7 @@ from solo.console import quiet_libraries, say
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.resume import SettledCounters
+from solo.devices import settle
 from solo.errors import ConfigError, EnvironmentFault
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
@@ -100,15 +101,15 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         NumericsError: a loss stopped being finite.
         Interrupted: a signal came; the state is saved.
     """
-    processes = world_size(config.trainer)
+    arguments, processes = settle(config.trainer)
     global_batch = config.optimizer.batch_size * processes
     run_dir = config.run_dir(global_batch)
     method = _method(config, _in_chans(config))
     method.check(global_batch)
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
+    trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
     start = _start(config, run_dir, method)
-    trainer = _trainer(config, run_dir, data, method, global_batch, extra_callbacks)
     complete = start is not None and _complete(start, trainer)
     if start is not None and complete:
         say(f"{run_dir} is complete: nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
@@ -122,30 +123,6 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     if config.report.enabled and trainer.world_size == 1 and not (complete and (run_dir / "report.png").exists()):
         report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
-
-
-def world_size(trainer: dict[str, Any]) -> int:
-    """Processes that Lightning will start for these Trainer arguments.
-
-    Raises:
-        EnvironmentFault: there are fewer devices.
-    """
-    devices, accelerator = trainer.get("devices", "auto"), trainer.get("accelerator", "auto")
-    gpus = torch.cuda.device_count()
-    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
-    if accelerator in ("gpu", "cuda") and not gpus:
-        raise EnvironmentFault("accelerator=gpu, but this machine has no usable GPU: use accelerator=cpu or accelerator=auto")
-    numbers = [int(n) for n in devices.split(",")] if isinstance(devices, str) and "," in devices else devices
-    if isinstance(numbers, list):
-        missing = [n for n in numbers if on_gpu and not 0 <= n < gpus]
-        count = len(numbers)
-    else:
-        every = numbers in ("auto", -1, "-1")
-        count = (gpus if on_gpu else 1) if every else int(numbers)
-        missing = list(range(gpus, count)) if on_gpu else []
-    if missing or count < 1:
-        raise EnvironmentFault(f"devices={devices}, but this machine has {gpus} GPUs: use devices={max(gpus, 1)} or fewer")
-    return count * int(trainer.get("num_nodes", 1))
 
 
 def _start(config: Experiment, run_dir: Path, method: Method) -> Path | None:
@@ -186,11 +163,15 @@ def _rank() -> int:
 
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
-        checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
+        try:
+            checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
+        except OSError as error:
+            raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 
 
 def _trainer(
     config: Experiment,
+    given: dict[str, Any],
     run_dir: Path,
     data: DataModule,
     method: Method,
@@ -202,9 +183,9 @@ def _trainer(
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 50,
         "enable_model_summary": False,
-        **config.trainer,
+        **given,
     }
-    if world_size(config.trainer) > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
+    if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = _ddp()
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
@@ -258,7 +239,8 @@ def _logger(name: str, config: Experiment, run_dir: Path) -> Logger:
         return pl.loggers.TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
     package = {"comet": "comet_ml"}.get(name, name)
     if find_spec(package) is None:
-        raise EnvironmentFault(f"loggers: {name} needs the package {package}: pip install {package}")
+        who, what = ("wandb.enabled=true", "'solo-ssl[wandb]'") if name == "wandb" else (f"loggers: {name}", package)
+        raise EnvironmentFault(f"{who} needs the package {package}: pip install {what}")
     if name == "wandb":
         return pl.loggers.WandbLogger(
             name=config.title,

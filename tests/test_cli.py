@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,22 @@ WRONG = {
     ("loggers=[csvv]",): ["loggers[0] must be one of csv, tensorboard", "did you mean csv"],
     ("nonsense",): ["'nonsense' is not an override: write key=value"],
     ("optimizer.lr=${nope}",): ["nope"],
+    ("data.train_path=???",): ["data.train_path has to be given: add data.train_path=..."],
+    ("data.train_path=???", "name=???"): ["data.train_path has to be given", "name has to be given"],
+    ("sync_batchnorm=true", "devices=2"): ["sync_batchnorm=true works between GPUs only", "devices=1"],
+    ("wandb.enabled=true",): ["wandb.enabled=true needs the package wandb", "solo-ssl[wandb]"],
+    ("devices=0",): ["devices=0: a run needs at least one, e.g. devices=1"],
+    ("devices=[]",): ["devices=[]: a run needs at least one"],
+    ("devices=x",): ["devices must be how many, a list of GPU numbers, or auto, got 'x'"],
+    ("devices=1.5",): ["devices must be how many, a list of GPU numbers, or auto, got 1.5"],
+    ("max_epochs=0",): ["max_epochs must be at least 1, got 0"],
+    ("max_epochs=many",): ["max_epochs must be at least 1, got 'many'"],
+    ("max_epochs=-1",): ["max_epochs=-1 never ends", "give max_epochs or max_steps"],
+    ("max_steps=0",): ["max_steps must be at least 1, got 0"],
+    ("checkpoint.dir=text.ckpt/runs",): ["checkpoint.dir=text.ckpt/runs cannot be written: Not a directory"],
+    ("auto_resume.enabled=true", "+auto_resume.max_hour=3"): ["auto_resume.max_hour: did you mean auto_resume.max_hours?"],
 }
+MACHINE = {("accelerator=gpu",), ("wandb.enabled=true",), ("checkpoint.dir=text.ckpt/runs",)}  # these are its faults: 5
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
@@ -86,16 +102,35 @@ def test_wrong_input_is_one_clear_line(cli, tmp_path, arguments, monkeypatch):
 
     if "accelerator=gpu" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    if "wandb.enabled=true" in arguments and find_spec("wandb"):
+        pytest.skip("this machine has wandb")
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts" / "a").mkdir(parents=True)
     (tmp_path / "texts" / "a" / "notes.txt").write_text("no image")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     code, errors, _ = cli(*arguments)
-    assert code == 5 if "accelerator=gpu" in arguments else code in (2, 3)
-    assert len(errors) == (2 if "seed=x" in arguments else 1), errors
+    assert code == 5 if arguments in MACHINE else code in (2, 3)
+    assert len(errors) == (2 if {"seed=x", "name=???"} & set(arguments) else 1), errors
     for expected in WRONG[arguments]:
         assert expected in "\n".join(errors)
     assert "Traceback" not in "\n".join(errors) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sync_batchnorm=true", "strategy=ddp"),
+        ("devices=[0]",),
+        ("devices='1'",),
+        ("devices=auto",),
+        ("precision=16-mixed", "backbone.stem=small"),  # torch 2.14 on CPU: no bfloat16 convolution of one-pixel maps
+        ("max_epochs=-1", "max_steps=8"),
+    ],
+    ids=" ".join,
+)
+def test_what_one_process_on_a_cpu_can_do_without_just_runs(cli, arguments):
+    code, errors, _ = cli("max_epochs=1", *arguments)
+    assert code == 0 and not errors
 
 
 def test_missing_config_offers_the_nearest(cli):
@@ -144,22 +179,22 @@ def command(folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_the_same_command_continues(tmp_path, number):
-    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=6)
+    content = values("all4one", "runs", data={"train_size": 192}, max_epochs=4)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     whole = command(tmp_path, "checkpoint.dir=whole")
     running = command(tmp_path)
     csv = Path(tmp_path / "runs")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(csv.glob("*/checkpoints/*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(number)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 128 + number, err
     assert len(err.strip().splitlines()) == 1 and "run the same command to continue" in err and "Traceback" not in err
     again = command(tmp_path)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0 and "continuing" in out + err, err
-    assert whole.wait(timeout=120) == 0
+    assert whole.wait(timeout=300) == 0
     import torch
 
     from solo import checkpoint

@@ -1,17 +1,14 @@
-"""Two gloo processes against the official code's numbers and against one process on the joined batch."""
+"""Two gloo processes against the official code's numbers; a method's against one process: test_contract."""
 
 import copy
 
 import pytest
 import torch
-from torch import nn
 
-from solo.batch import Batch
 from solo.dist import gather, gather_uneven
 from solo.losses import nnclr_loss_func
-from solo.methods import METHODS
 from solo.nn import Queue
-from tests.gloo import run_ranks
+from solo.testing import Case, run_ranks
 
 
 def official_nnclr(rank, z, dtype):
@@ -60,55 +57,8 @@ def test_gather_keeps_rank_order():
         assert rows == [0, 1, 2, 10, 11, 12, 13, 14] and even == [0, 1, 10, 11]
 
 
-def tiny(name):
-    torch.manual_seed(0)
-    method = METHODS[name]
-    sizes = dict(proj_hidden_dim=16, proj_output_dim=8, pred_hidden_dim=16, queue_size=32)
-    backbone = nn.Sequential(nn.Linear(10, 12), nn.Tanh())
-    backbone.num_features = 12
-    config = method.Config(**sizes, **({"dropout": 0.0} if name == "all4one" else {}))
-    model = method(backbone, config).double()
-    # Batch statistics and All4One's feature term are local to a rank, as published; the rest must not notice ranks.
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()
-    return model
-
-
-def gradients(rank, name, views, labels, world):
-    model = tiny(name)
-    part = slice(rank * len(labels) // world, (rank + 1) * len(labels) // world)
-    outputs = model.losses(Batch([view[part] for view in views], labels[part], torch.arange(len(labels))[part]))
-    loss = 2 * outputs["loss"] - outputs["feature"] if name == "all4one" else outputs["loss"]
-    loss.backward()
-    model.after_step(0.0)
-    grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    if world > 1:
-        for grad in grads.values():
-            torch.distributed.all_reduce(grad)
-            grad /= world
-        torch.distributed.all_reduce(loss.data)
-        loss.data /= world
-    return loss.item(), {key: grad.numpy() for key, grad in grads.items()}, model.queue.keys.numpy(), model.queue.labels.numpy()
-
-
-@pytest.mark.parametrize("name", ["nnclr", "all4one"])
-def test_two_ranks_equal_one_process_on_the_joined_batch(name):
-    torch.manual_seed(3)
-    views, labels = list(torch.randn(2, 8, 10, dtype=torch.float64)), torch.arange(8)
-    loss, grads, keys, queued = gradients(0, name, views, labels, 1)
-    for rank_loss, rank_grads, rank_keys, rank_queued in run_ranks(gradients, name, views, labels, 2):
-        assert rank_loss == pytest.approx(loss, rel=1e-10)
-        assert set(rank_grads) == set(grads)
-        for key, grad in grads.items():
-            torch.testing.assert_close(
-                torch.from_numpy(rank_grads[key]), torch.from_numpy(grad), rtol=1e-8, atol=1e-10, msg=key
-            )
-        assert (abs(rank_keys - keys) < 1e-12).all() and (rank_queued == queued).all()
-
-
 def test_copying_a_method_keeps_its_teacher_on_the_copy():
-    model = copy.deepcopy(tiny("all4one"))
+    model = copy.deepcopy(Case("all4one").build())
     with torch.no_grad():
         model.projector[0].weight.fill_(7.0)
     model.teacher.momentum.base_tau = 0.0

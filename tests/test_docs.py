@@ -1,7 +1,10 @@
 """The programs in docs/ run as they stand."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.methods import METHODS
+from solo.testing import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +49,17 @@ def test_a_method_in_one_file(program):
     assert all(parameter.grad is not None for parameter in method.parameters())
     with pytest.raises(ValueError, match="bottleneck"):
         sage.Config(pred_hidden_dim=4096)
+
+
+@pytest.mark.slow
+def test_its_contract(program, tmp_path):
+    program("add_a_method.md", "sage")
+    (test,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "add_a_method.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "test_sage.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sage.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"{len(CHECKS)} passed" in done.stdout, done.stdout
 
 
 def test_its_command_line():

@@ -1,6 +1,6 @@
 """Does a method learn? Trains on the real CIFAR-10 images and tables k-NN and linear accuracy over time.
 
-``python scripts/bench/learn.py nnclr --images 10000 --epochs 30 [key=value ...]`` writes
+``python scripts/bench/learn.py nnclr [--recipe scripts/bench/small] [--images N] [--epochs E] [key=value ...]`` writes
 ``bench/learn/<run>.csv`` (one row per evaluated epoch, epoch 0 is the untrained backbone) and a row in LAB.md's table.
 The images are ``data/cifar10-jpeg.npz`` below ``SOLO_SHARED`` (default: ``../shared``).
 """
@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 from solo.config import load
+from solo.console import quiet_libraries
 from solo.data.module import DataModule
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
@@ -83,8 +84,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--every", type=int, default=5, help="epochs between evaluations")
-    parser.add_argument("overrides", nargs="*", help="key=value, over scripts/pretrain/cifar/<method>.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, over the recipe")
+    parser.add_argument("--recipe", default="scripts/pretrain/cifar", help="folder of <method>.yaml")
     options = parser.parse_intermixed_args()
+    quiet_libraries()
     images = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared")) / "data" / "cifar10-jpeg.npz"
     settings = {
         "data.dataset": "npz",
@@ -97,7 +100,7 @@ def main() -> None:
         "resume": "never",
     }
     overrides = [*(f"{key}={value}" for key, value in settings.items()), *options.overrides]
-    config = experiment(load(ROOT / "scripts" / "pretrain" / "cifar" / f"{options.method}.yaml", overrides))
+    config = experiment(load(ROOT / options.recipe / f"{options.method}.yaml", overrides))
     revision = (
         subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "-"
     )
@@ -113,7 +116,7 @@ def note(options: argparse.Namespace, config: Any, curve: Curve, revision: str) 
         options.method,
         options.images,
         options.epochs,
-        " ".join(options.overrides) or "recipe",
+        " ".join([options.recipe, *options.overrides]),
         hardware(),
         f"{last['seconds']:.0f}",
         *(f"{first[name]:.1f} -> **{last[name]:.1f}**" for name in COLUMNS[2:]),

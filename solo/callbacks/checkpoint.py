@@ -132,6 +132,9 @@ class Checkpointer(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def _leave(self, trainer: pl.Trainer, number: int) -> None:
+        """Rank 0 speaks for all; the others end as if well, else Lightning would kill it on seeing them go."""
+        if not trainer.is_global_zero:
+            raise SystemExit(0)
         where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         how = (
             f"saved in {self.folder}; run the same command to continue"

@@ -51,6 +51,7 @@ class All4One(Method):
             if not 2 <= self.neighbours <= self.queue_size:
                 raise ValueError(f"neighbours must lie between 2 and queue_size, got {self.neighbours}")
 
+    local_terms = {"feature": 0.5}      # as published
     position: Tensor
 
     def __init__(self, backbone: nn.Module, config: Config) -> None:

@@ -33,9 +33,12 @@ class Method(pl.LightningModule):
         dim: width of the features.
         optimizer_config, scheduler_config: the recipe; set them before fitting.
         seed: with rank, epoch and batch it decides every random number of a step.
+        local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
+            without them the loss does not notice how many processes there are.
     """
 
     Config: ClassVar[type]
+    local_terms: ClassVar[Mapping[str, float]] = {}
     backbone: nn.Module
 
     def __init__(self, backbone: nn.Module, config: Any) -> None:
@@ -46,6 +49,7 @@ class Method(pl.LightningModule):
         self.optimizer_config = optim.OptimizerConfig()
         self.scheduler_config = SchedulerConfig()
         self.seed = 5
+        self._total_steps = 0           # none outside a run
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One step's ``"loss"``, the backbone's ``"feats"`` [V * B, dim] of all large views, and scalars to log."""

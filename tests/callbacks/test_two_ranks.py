@@ -11,8 +11,8 @@ from solo.dist import all_reduce
 from solo.errors import NumericsError
 from solo.eval.features import Features, extract
 from solo.eval.knn import Vote, knn_hits
+from solo.testing import run_ranks
 from tests.callbacks.toy import CLASSES, ToyBackbone, batches
-from tests.gloo import run_ranks
 
 
 def probe_steps(parts):

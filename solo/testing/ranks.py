@@ -32,7 +32,8 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[
         port = probe.getsockname()[1]
     context = mp.get_context("fork")
     queue = context.SimpleQueue()
-    processes = [context.Process(target=_worker, args=(r, function, world, port, queue, args)) for r in range(world)]
+    arguments = [(rank, function, world, port, queue, args) for rank in range(world)]
+    processes = [context.Process(target=_worker, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     results: list[Any] = [None] * world

@@ -1,0 +1,81 @@
+"""Two processes, started by Lightning as a user's command starts them: one run, one voice, and they leave together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from solo import checkpoint
+from tests.conftest import ROOT
+from tests.tiny import values
+
+pytestmark = pytest.mark.slow
+
+
+def start(folder, *arguments):
+    """``main_pretrain.py`` with two processes; 32 steps in each of two epochs."""
+    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=2, devices=2)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process, code):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return out.strip().splitlines(), err.strip().splitlines()
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder, the lines and the weights of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    out, err = finished(start(folder), 0)
+    return folder, out, err, checkpoint.read(next(folder.glob("runs/*/last.ckpt")))
+
+
+def test_one_run_directory_and_one_voice(whole):
+    folder, out, err, final = whole
+    assert not err and len(out) == len(set(out)), out
+    assert sum(line.startswith("epoch ") for line in out) == 2 and sum("run directory" in line for line in out) == 1
+    assert [path.name for path in folder.iterdir() if path.name != "tiny.yaml"] == ["runs"]
+    (run_dir,) = (folder / "runs").iterdir()
+    assert sorted(path.name for path in (run_dir / "csv").iterdir()) == ["version_0"]
+    assert final["global_step"] == 64 and final["DataModule"]["global_batch"] == 16
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second process in /proc")
+@pytest.mark.parametrize("target", ["parent", "rank 1"])
+def test_a_signal_to_either_ends_both_and_the_same_command_continues(whole, tmp_path, target):
+    running = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (second,) = children(running)
+    os.kill(running.pid if target == "parent" else second, signal.SIGTERM)
+    _, err = finished(running, 128 + signal.SIGTERM)
+    assert len(err) == 1 and "SIGTERM at epoch 1" in err[0] and "run the same command to continue" in err[0], err
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{second}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{second}").exists()
+
+    out, err = finished(start(tmp_path), 0)
+    assert sum("continuing" in line for line in out) == 1 and not err
+    *_, final = whole
+    resumed = checkpoint.read(next(tmp_path.glob("runs/*/last.ckpt")))
+    assert all(torch.equal(resumed["state_dict"][key], value) for key, value in final["state_dict"].items())
+    assert str(resumed["optimizer_states"]) == str(final["optimizer_states"])
