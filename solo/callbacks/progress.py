@@ -57,6 +57,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mark = self._began = time.monotonic()
         self._first_step = trainer.global_step
+        self._epoch_number = trainer.current_epoch + 1          # a run resumed in mid-epoch starts none
         if self._enabled and (self.console.is_jupyter or self.console.file.isatty()):
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8)
             self._live.start()
