@@ -20,6 +20,7 @@ import torch
 from solo.config import load
 from solo.console import quiet_libraries
 from solo.data.module import DataModule
+from solo.errors import reported
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from solo.eval.linear import linear_accuracy
@@ -128,4 +129,5 @@ def note(options: argparse.Namespace, config: Any, curve: Curve, revision: str) 
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()
