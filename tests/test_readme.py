@@ -19,7 +19,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
-SMALL = ["max_epochs=1", "checkpoint.dir=runs", "limit_train_batches=2"]
+SMALL = ["max_epochs=1", "checkpoint.dir=runs", "limit_train_batches=2", "report.max_train=300", "report.points=100"]
 LESS = {
     "pretrain/cifar": "data.dataset=fake data.size=32 data.train_size=64 optimizer.batch_size=16 method_kwargs.queue_size=64 "
     "precision=32-true report.enabled=false",
@@ -45,7 +45,7 @@ def workplace(tmp_path_factory):
 
 def run(words, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
