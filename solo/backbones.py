@@ -60,7 +60,10 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
-    return model.to(memory_format=torch.channels_last)         # the fast layout of convolutions, on CPU and GPU
+    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
+        model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions
+    return model
 
 
 def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:

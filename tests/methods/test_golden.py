@@ -127,4 +127,5 @@ def test_all4one_from_projections_equals_official(golden, number, dtype):
         assert (parameters[key].grad.double() - official).abs().max() <= gradient * max(official.abs().max(), 0.1 * largest), (
             key
         )
-    torch.testing.assert_close(model.queue.keys.double(), z["b1::queue"], rtol=1e-5, atol=1e-6)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-9, 1e-12)
+    torch.testing.assert_close(model.queue.keys.double(), z["b1::queue"], rtol=rtol, atol=atol)
