@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solo.dist import gather
+from solo.precision import full_precision
 from solo.schedules import cosine
 
 
@@ -27,7 +28,22 @@ def mlp(*dims: int, last_norm: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Queue(nn.Module):
+class StepModule(nn.Module):
+    """A module with state that moves once per optimizer step, however many micro-batches the step accumulates."""
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        """Move on; called after each optimizer step of a run.
+
+        Args:
+            progress: share of the run done before this step.
+
+        Returns:
+            Numbers to log.
+        """
+        raise NotImplementedError
+
+
+class Queue(StepModule):
     """First-in-first-out memory of L2-normalised embeddings and their labels, equal on all ranks.
 
     A push lands only when `land` is called, after the optimizer step: a lookup never meets the batch it comes from,
@@ -59,7 +75,7 @@ class Queue(nn.Module):
         Returns:
             Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
         """
-        similarity = F.normalize(z.to(self.keys.dtype), dim=-1) @ self.keys.T                       # [B, K]
+        similarity = _cosines(z, self.keys)                                                         # [B, K]
         index = similarity.argmax(1, keepdim=True) if k == 1 else similarity.topk(k).indices        # [B, k]
         return self.keys[index], self.labels[index]
 
@@ -83,6 +99,16 @@ class Queue(nn.Module):
             self.pointer.copy_((self.pointer + len(z)) % len(self.keys))
         self._pending.clear()
 
+    def after_step(self, progress: float) -> dict[str, float]:
+        self.land()
+        return {}
+
+
+@full_precision
+def _cosines(z: Tensor, keys: Tensor) -> Tensor:
+    """[B, D] and normalised rows [K, D] -> [B, K]."""
+    return F.normalize(z, dim=-1).to(keys.dtype) @ keys.T
+
 
 @dataclass(kw_only=True)
 class Momentum:
@@ -101,7 +127,7 @@ class Momentum:
         return cosine(progress, self.base_tau, self.final_tau)
 
 
-class Teacher(nn.Sequential):
+class Teacher(StepModule, nn.Sequential):
     """Exponential moving average of a chain of modules: parameters follow, BatchNorm statistics are its own.
 
     Args:
@@ -128,6 +154,9 @@ class Teacher(nn.Sequential):
         teachers: list[Tensor] = list(self.parameters())
         torch._foreach_lerp_(teachers, students, 1 - tau)
         return tau
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        return {"tau": self.update(progress)}
 
 
 def neighbour_accuracy(neighbours: Tensor, labels: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from solo.console import quiet_libraries, say
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.resume import SettledCounters
+from solo.data.views import expand
 from solo.devices import settle
 from solo.errors import ConfigError, EnvironmentFault
 from solo.eval.report import report
@@ -105,7 +106,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     global_batch = config.optimizer.batch_size * processes
     run_dir = config.run_dir(global_batch)
     method = _method(config, _in_chans(config))
-    method.check(global_batch)
+    method.check(global_batch, [view.crop_size for view in expand(config.augmentations)])
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)

@@ -19,7 +19,8 @@ class StepScalars(Protocol):
 
 
 class MetricsLogger(Callback):
-    """Sends ``train/<name>`` for every scalar of ``outputs`` and of the callbacks (`StepScalars`), and ``train/lr``.
+    """Sends ``train/<name>`` for every scalar of ``outputs`` and of the callbacks (`StepScalars`), ``train/lr``, and what
+    the method's last step moved (``train/tau``).
 
     Values are means over the batches since the last report and over ranks; a report is made every
     ``trainer.log_every_n_steps`` optimizer steps and at the end of each epoch.
@@ -65,6 +66,7 @@ class MetricsLogger(Callback):
         counts = [self._counts[name] * world_size() for name in names]
         self.last = {name: total / count for name, total, count in zip(names, sums.tolist(), counts, strict=True)}
         self.last["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.last |= getattr(trainer.lightning_module, "stepped", {})
         self._sums, self._counts, self._reported = {}, {}, trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in self.last.items()}, step=trainer.global_step)

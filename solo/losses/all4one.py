@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from solo.losses.nnclr import nnclr_loss_func
+from solo.precision import full_precision
 
 Pair = tuple[Tensor, Tensor]
 
@@ -50,6 +51,7 @@ def all4one_loss_func(
     return All4OneTerms((centroid + neighbour + feature) / 2, centroid, neighbour, feature)
 
 
+@full_precision
 def feature_loss_func(projections: Pair, targets: Pair, weight: float = 5.0) -> Tensor:
     """Redundancy reduction between features, ``weight * (on + off)``: the cross-correlation of each momentum view
     with the other online view is drawn to the identity. Columns are normalised over the local batch, not centred.

@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from solo.dist import gather, rank
+from solo.precision import full_precision
 
 
+@full_precision
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
     """InfoNCE of each neighbour against the predictions of the whole global batch (paper, eq. 4).
 

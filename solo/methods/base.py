@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -15,7 +15,7 @@ from solo.batch import Batch
 from solo.console import say
 from solo.dist import rank
 from solo.errors import ConfigError
-from solo.nn import Queue, Teacher
+from solo.nn import Queue, StepModule
 from solo.registry import Registry
 from solo.schedules import SchedulerConfig, learning_rate
 
@@ -32,12 +32,17 @@ class Method(pl.LightningModule):
     Attributes:
         dim: width of the features.
         optimizer_config, scheduler_config: the recipe; set them before fitting.
+        views: full-size views of an image that `losses` takes.
+        multicrop: whether smaller crops may follow them.
         seed: with rank, epoch and batch it decides every random number of a step.
         local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
             without them the loss does not notice how many processes there are.
+        stepped: what the last optimizer step moved, to be logged, e.g. ``{"tau": 0.99}``.
     """
 
     Config: ClassVar[type]
+    views: ClassVar[int] = 2
+    multicrop: ClassVar[bool] = False
     local_terms: ClassVar[Mapping[str, float]] = {}
     backbone: nn.Module
 
@@ -49,7 +54,9 @@ class Method(pl.LightningModule):
         self.optimizer_config = optim.OptimizerConfig()
         self.scheduler_config = SchedulerConfig()
         self.seed = 5
+        self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
+        self._checked = False
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One step's ``"loss"``, the backbone's ``"feats"`` [V * B, dim] of all large views, and scalars to log."""
@@ -68,15 +75,21 @@ class Method(pl.LightningModule):
         """Share of the run's optimizer steps that are done, 0..1."""
         return self.trainer.global_step / self._total_steps if self._total_steps else 0.0
 
-    def check(self, global_batch: int) -> None:
+    def check(self, global_batch: int, crop_sizes: Sequence[int]) -> None:
         """Refuse what cannot train.
 
         Args:
             global_batch: images per step over all processes.
+            crop_sizes: side in pixels of each view, largest first.
 
         Raises:
-            ConfigError: a queue's size is not a multiple of the global batch.
+            ConfigError: the method takes other views, or a queue's size is not a multiple of the global batch.
         """
+        full = [size for size in crop_sizes if size == crop_sizes[0]]
+        if len(full) != self.views or (len(crop_sizes) > len(full) and not self.multicrop):
+            takes = f"{self.views} view{'s' * (self.views > 1)} of one size" + " and any smaller ones" * self.multicrop
+            sizes = ", ".join(map(str, crop_sizes))
+            raise ConfigError(f"augmentations: {type(self).__name__} takes {takes}, got crops of {sizes} px")
         for name, module in self.named_modules():
             size = len(module.keys) if isinstance(module, Queue) else 0
             if size % global_batch:
@@ -86,21 +99,19 @@ class Method(pl.LightningModule):
                 raise ConfigError(f"{key} is not a multiple of the global batch {global_batch}: use {nearest}")
 
     def after_step(self, progress: float) -> dict[str, float]:
-        """What follows each optimizer step: queues take what was pushed, teachers move.
+        """Move every `StepModule` on: queues take what was pushed, teachers follow.
 
         Args:
             progress: share of the run done before this step.
 
         Returns:
-            The teachers' tau, if there are teachers.
+            What the modules report, e.g. the teacher's tau.
         """
-        taus = {}
+        stepped: dict[str, float] = {}
         for module in self.modules():
-            if isinstance(module, Queue):
-                module.land()
-            elif isinstance(module, Teacher):
-                taus["tau"] = module.update(progress)
-        return taus
+            if isinstance(module, StepModule):
+                stepped |= module.after_step(progress)
+        return stepped
 
     # --- Lightning -------------------------------------------------------------------------------------------------
 
@@ -116,15 +127,15 @@ class Method(pl.LightningModule):
         self._group_options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return optim.build(config, groups)
 
-    def on_fit_start(self) -> None:
-        self.check(self.optimizer_config.batch_size * self.trainer.world_size)
-
     def on_train_start(self) -> None:
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for group, options in zip(self._groups(), self._group_options, strict=True):
             group.update(options)                   # what the config says now, not what a checkpoint said
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if not self._checked:           # also batches of a notebook's own loader
+            self.check(len(batch.labels) * self.trainer.world_size, [view.shape[-1] for view in batch.views])
+            self._checked = True
         # The state of the global generator is a function of where the run is, so there is none to store.
         words = f"{self.seed}/{rank()}/{self.trainer.current_epoch}/{batch_idx}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big"))
@@ -151,7 +162,7 @@ class Method(pl.LightningModule):
     ) -> None:
         progress = self.progress
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.after_step(progress)
+        self.stepped = self.after_step(progress)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return {"feats": self.backbone(batch.views[0]), "labels": batch.labels}

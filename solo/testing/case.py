@@ -18,7 +18,6 @@ SIZES = {"proj_hidden_dim": 16, "proj_output_dim": 8, "pred_hidden_dim": 16, "qu
 BACKBONE = {"name": "resnet18", "kwargs": {"channels": [4, 4, 4, 8], "layers": [1, 1, 1, 1]}, "stem": "imagenet"}
 VIEW = {
     "crop_size": 16,
-    "num_crops": 2,
     "rrc": {"crop_min_scale": 0.3},
     "horizontal_flip": {"prob": 0.5},
     "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
@@ -33,13 +32,14 @@ def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
         folder: where runs are written.
         changes: top-level keys; blocks are merged.
     """
-    known = {field.name for field in dataclasses.fields(METHODS[method].Config)}
+    kind = METHODS[method]
+    known = {field.name for field in dataclasses.fields(kind.Config)}
     content: dict[str, Any] = {
         "method": method,
         "method_kwargs": {key: value for key, value in SIZES.items() if key in known},
         "backbone": dict(BACKBONE),
         "data": {"dataset": "fake", "size": 16, "train_size": 64, "classes": 4, "num_workers": 0},
-        "augmentations": [dict(VIEW)],
+        "augmentations": [{**VIEW, "num_crops": kind.views}],
         "optimizer": {"batch_size": 8, "lr": 1.0, "kwargs": {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}},
         "scheduler": {"warmup_epochs": 1},
         "checkpoint": {"dir": str(folder)},

@@ -1,0 +1,54 @@
+"""What the base class refuses, and what it passes on."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from solo.batch import Batch
+from solo.errors import ConfigError
+from solo.methods import NNCLR, Method
+from solo.testing import Case
+
+
+class Crops(Method):
+    multicrop = True
+
+
+@pytest.mark.parametrize("kind, sizes, refused", [
+    (NNCLR, [32, 32], None),
+    (NNCLR, [32], "NNCLR takes 2 views of one size, got crops of 32 px"),
+    (NNCLR, [32, 32, 32], "takes 2 views of one size, got crops of 32, 32, 32 px"),
+    (NNCLR, [32, 24], "takes 2 views"),
+    (NNCLR, [32, 32, 16], "takes 2 views of one size, got"),
+    (Crops, [32, 32, 16, 16], None),
+    (Crops, [32, 16, 16], "takes 2 views of one size and any smaller ones"),
+])
+def test_views_are_counted(kind, sizes, refused):
+    model = Case("nnclr").build()
+    model.__class__ = kind
+    if refused is None:
+        model.check(8, sizes)
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            model.check(8, sizes)
+
+
+def test_a_notebooks_own_batches_are_checked(tmp_path):
+    model = Case("nnclr").build()
+    model.optimizer_config.batch_size = 32                  # says 32, but the loader gives 5
+    trainer = type("Trainer", (), {"world_size": 1})()
+    model.__dict__["_trainer"] = trainer
+    batch = Batch([torch.zeros(5, 3, 16, 16)] * 2, torch.zeros(5), torch.arange(5))
+    with pytest.raises(ConfigError, match="queue_size=32 is not a multiple of the global batch 5: use 30 or 35"):
+        model.on_train_batch_start(batch, 0)
+
+
+def test_tau_is_logged():
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.append(next(c.last for c in trainer.callbacks if type(c).__name__ == "MetricsLogger"))
+
+    Case("all4one", momentum={"base_tau": 0.9, "final_tau": 0.9}).train(Watch(), max_epochs=1)
+    assert seen[0]["tau"] == pytest.approx(0.9)
