@@ -24,6 +24,9 @@ class LARS(Optimizer):
     the step uses ``r (g + wd p)``. A zero p or g, and with ``exclude_bias_n_norm`` any tensor of one dimension, gets
     its plain gradient: no rescaling and no weight decay.
 
+    SCE's LARS (and MoCo v3's) is ``decay_first, exclude_bias_n_norm, eps=0``: ``r = eta |p| / |g + wd p|``, and where that
+    or p is zero, ``r = 1``.
+
     Args:
         params: parameters or groups.
         lr: learning rate.
@@ -35,6 +38,7 @@ class LARS(Optimizer):
         dampening: of the momentum.
         nesterov: Nesterov momentum.
         eps: added to the denominator.
+        decay_first: the decay belongs to the gradient before its norm is taken.
     """
 
     def __init__(
@@ -49,11 +53,13 @@ class LARS(Optimizer):
         dampening: float = 0.0,
         nesterov: bool = False,
         eps: float = 1e-8,
+        decay_first: bool = False,
     ) -> None:
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs a momentum and no dampening")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip_lr=clip_lr,
-                        exclude_bias_n_norm=exclude_bias_n_norm, dampening=dampening, nesterov=nesterov, eps=eps)
+                        exclude_bias_n_norm=exclude_bias_n_norm, dampening=dampening, nesterov=nesterov, eps=eps,
+                        decay_first=decay_first)
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -76,11 +82,15 @@ class LARS(Optimizer):
     def _scaled(p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         if p.ndim == 1 and group["exclude_bias_n_norm"]:
             return g
-        p_norm, g_norm = p.norm(), g.norm()
-        ratio = group["eta"] * p_norm / (g_norm + group["weight_decay"] * p_norm + group["eps"])
+        decay = group["weight_decay"]
+        decayed = g + decay * p
+        plain = decayed if group["decay_first"] else g
+        p_norm, g_norm = p.norm(), plain.norm()
+        whole = g_norm if group["decay_first"] else g_norm + decay * p_norm
+        ratio = group["eta"] * p_norm / (whole + group["eps"])
         if group["clip_lr"]:
             ratio = (ratio / group["lr"]).clamp(max=1)
-        return torch.where((p_norm > 0) & (g_norm > 0), ratio * (g + group["weight_decay"] * p), g)
+        return torch.where((p_norm > 0) & (g_norm > 0), ratio * decayed, plain)
 
     def _with_momentum(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[p]
@@ -90,6 +100,33 @@ class LARS(Optimizer):
             state["momentum_buffer"].mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
         buffer: Tensor = state["momentum_buffer"]
         return g + group["momentum"] * buffer if group["nesterov"] else buffer
+
+
+@OPTIMIZERS.register("larc")
+class LARC(LARS):
+    """apex's LARC around SGD, as UniGrad's linear evaluation has it: `LARS` over every tensor, biases and norms included.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        momentum: of SGD.
+        weight_decay: L2 coefficient; a zero p or g gets none.
+        trust_coefficient: eta of `LARS`.
+        clip: never exceed plain SGD's step.
+        eps: added to the denominator.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        clip: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(params, lr, momentum, weight_decay, trust_coefficient, clip, eps=eps)
 
 
 OPTIMIZERS.register("sgd")(SGD)

@@ -8,8 +8,8 @@ from solo import optim
 from solo.errors import ConfigError
 from solo.methods import All4One
 from solo.nn import Momentum, mlp
-from solo.optim import LARS, OptimizerConfig, parameter_groups
-from solo.schedules import SchedulerConfig, learning_rate, warmup_cosine
+from solo.optim import LARC, LARS, OptimizerConfig, parameter_groups
+from solo.schedules import Ramp, SchedulerConfig, ends, learning_rate, value_at, warmup_cosine
 from tests.methods.test_golden import Features
 
 NAMES = ("weight", "bias", "bn_weight", "zero")
@@ -154,3 +154,92 @@ def test_momentum_is_published_default():
     group = optim.parameter_groups(nn.ModuleDict({"a": nn.Linear(2, 2)}), 0.5, 0.0)
     assert optim.build(OptimizerConfig(name="sgd"), group).param_groups[0]["momentum"] == 0.9
     assert optim.build(OptimizerConfig(name="adamw"), group).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name, kind, options", [
+    ("lars", LARS, {"eta": 1e-3, "decay_first": True, "exclude_bias_n_norm": True, "eps": 0.0}),   # SCE's
+    ("larc", LARC, {"trust_coefficient": 1e-3}),
+])
+def test_published_variants_equal_official(golden, name, kind, options, dtype):
+    z = golden(f"opt_{name}_small")
+    w, b = (z[key].to(dtype).requires_grad_() for key in ("w0", "b0"))
+    assert z.params["trust_coefficient"] == 1e-3
+    common = {key: z.params[key] for key in ("lr", "momentum", "weight_decay")}
+    optimizer = kind([w, b], **common, **options)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+    for step in range(4):
+        w.grad, b.grad = z["grads_w"][step].to(dtype), z["grads_b"][step].to(dtype)
+        optimizer.step()
+        for found, official in ((w, z["w"][step]), (b, z["b"][step])):
+            assert (found.detach().double() - official).abs().max() <= tolerance * official.abs().max()
+
+
+def rules(p, g, lr, decay, trust, clip):
+    """One step without momentum, number by number: SCE's LARS, and LARC."""
+    p, g = p.flatten().tolist(), g.flatten().tolist()
+    decayed = [x + decay * y for x, y in zip(g, p, strict=True)]
+    p_norm, g_norm, d_norm = (sum(x * x for x in values) ** 0.5 for values in (p, g, decayed))
+    lars = trust * p_norm / d_norm if p_norm and d_norm else 1.0
+    larc = trust * p_norm / (g_norm + decay * p_norm + 1e-8)
+    larc = min(larc / lr, 1.0) if clip else larc
+    plain = not (p_norm and g_norm)
+    return (
+        [y - lr * lars * x for x, y in zip(decayed, p, strict=True)],
+        [y - lr * (raw if plain else larc * x) for raw, x, y in zip(g, decayed, p, strict=True)],
+    )
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("zero", ["none", "p", "g"])
+def test_lars_and_larc_treat_decay_and_zeros_differently(zero, clip):
+    torch.manual_seed(0)
+    p, g = torch.randn(2, 3, 4, dtype=torch.float64)
+    p, g = p * (zero != "p"), g * (zero != "g")
+    expected = rules(p, g, 0.5, 0.1, 2.0, clip)
+    lars, larc = (p.clone().requires_grad_() for _ in range(2))
+    optimizers = (
+        LARS([lars], 0.5, weight_decay=0.1, eta=2.0, decay_first=True, eps=0.0),
+        LARC([larc], 0.5, weight_decay=0.1, trust_coefficient=2.0, clip=clip),
+    )
+    for found, optimizer, values in zip((lars, larc), optimizers, expected, strict=True):
+        found.grad = g.clone()
+        optimizer.step()
+        assert found.detach().flatten().tolist() == pytest.approx(values, rel=1e-12)
+
+
+PUBLISHED = {
+    "sce_lr": {"warmup_start_lr": 0.0},
+    "unigrad_lr": {"warmup_start_lr": 1e-3, "min_lr": 1e-3, "warmup_peak": "after", "cosine_over": "run"},  # lr x base rate
+    "mvmr_lr": {"warmup_start_lr": 1e-6, "min_lr": 1e-6, "warmup_peak": "after"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_published_schedules_are_options(golden, size, name):
+    z = golden(f"schedules_{size}")
+    base, total, warmup = (z.params[key] for key in ("base_lr", "total_steps", "warmup_steps"))
+    scale = base if name == "unigrad_lr" else 1.0
+    options = {key: value * scale if key.endswith("_lr") else value for key, value in PUBLISHED[name].items()}
+    config = SchedulerConfig(warmup_epochs=1, **options)
+    found = [learning_rate(config, step, total, warmup, base) for step in range(total)]
+    assert found == pytest.approx(z[name][:total].tolist(), rel=1e-10, abs=1e-15)
+    # Beyond the last step MV-MR's restarts, which no step of ours sees.
+    assert learning_rate(config, total + 3, total, warmup, base) == learning_rate(config, total, total, warmup, base)
+
+
+def test_unigrads_momentum_is_ours(golden):
+    for size in ("small", "medium"):
+        z = golden(f"schedules_{size}")
+        steps, momentum = z.params["total_steps"], Momentum(base_tau=z.params["base_momentum"])
+        assert [momentum.tau(t / steps) for t in range(steps)] == pytest.approx(z["unigrad_momentum"].tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_a_ramp_is_a_function_of_progress(shape):
+    ramp = Ramp(start=0.04, end=0.06, share=0.4, shape=shape)
+    assert [value_at(ramp, p) for p in (0.0, 0.2, 0.4, 1.0)] == pytest.approx([0.04, 0.05, 0.06, 0.06])
+    quarter = {"linear": 0.045, "cosine": 0.06 - 0.02 * (1 + 0.5**0.5) / 2}[shape]
+    assert value_at(ramp, 0.1) == pytest.approx(quarter)
+    assert value_at(0.07, 0.5) == 0.07 and ends(ramp) == (0.04, 0.06) and ends(0.07) == (0.07,)
