@@ -12,19 +12,24 @@ from solo.precision import full_precision
 from solo.schedules import cosine
 
 
-def mlp(*dims: int, last_norm: bool = False) -> nn.Sequential:
+def mlp(
+    *dims: int, bias: bool = True, last_bias: bool | None = None, last_norm: bool = False, last_affine: bool = True
+) -> nn.Sequential:
     """``Linear, BatchNorm1d, ReLU`` between every two of ``dims``; the last Linear alone, or with BatchNorm1d.
 
     Args:
         dims: widths from input to output, e.g. ``mlp(512, 2048, 2048, 256)``.
+        bias: of the Linears; one in front of BatchNorm1d changes nothing.
+        last_bias: of the last Linear; None: as the others.
         last_norm: end with BatchNorm1d.
+        last_affine: scale and shift of that last BatchNorm1d.
     """
     layers: list[nn.Module] = []
     for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):
-        layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()]
-    layers.append(nn.Linear(dims[-2], dims[-1]))
+        layers += [nn.Linear(wide, narrow, bias=bias), nn.BatchNorm1d(narrow), nn.ReLU()]
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=bias if last_bias is None else last_bias))
     if last_norm:
-        layers.append(nn.BatchNorm1d(dims[-1]))
+        layers.append(nn.BatchNorm1d(dims[-1], affine=last_affine))
     return nn.Sequential(*layers)
 
 
@@ -52,14 +57,16 @@ class Queue(StepModule):
     Args:
         size: number of rows K.
         dim: width D.
+        views: pushes that a batch makes.
     """
 
     keys: Tensor
     labels: Tensor
     pointer: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, views: int = 1) -> None:
         super().__init__()
+        self.views = views
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=-1))                   # [K, D]
         self.register_buffer("labels", torch.full((size,), -1, dtype=torch.long))                   # [K]
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))

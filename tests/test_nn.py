@@ -110,6 +110,21 @@ def test_mlp_shape():
     assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
+@pytest.mark.parametrize("options, biases", [
+    ({}, [True, True]),
+    ({"bias": False}, [False, False]),
+    ({"bias": False, "last_bias": True}, [False, True]),
+    ({"last_bias": False}, [True, False]),
+])
+def test_mlp_biases(options, biases):
+    assert [layer.bias is not None for layer in mlp(4, 8, 2, **options) if isinstance(layer, nn.Linear)] == biases
+
+
+def test_mlp_last_norm_may_be_plain():
+    first, last = (layer for layer in mlp(4, 8, 2, last_norm=True, last_affine=False) if isinstance(layer, nn.BatchNorm1d))
+    assert first.affine and not last.affine
+
+
 def test_neighbour_accuracy_leaves_unknown_out():
     assert neighbour_accuracy(torch.tensor([1, -1, 2, 3]), torch.tensor([1, 1, 0, -1])).item() == 0.5
     assert neighbour_accuracy(torch.tensor([-1]), torch.tensor([-1])).item() == 0

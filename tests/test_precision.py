@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from solo.losses import feature_loss_func, nnclr_loss_func
+from solo.losses import feature_loss_func, nnclr_loss_func, sce_loss_func
 from solo.nn import Queue
 from solo.precision import full_precision
 
@@ -32,7 +32,8 @@ def test_sixteen_bits_are_widened_and_autocast_is_off(given, inside):
     lambda a, b: nnclr_loss_func(a, b, 0.1),
     lambda a, b: feature_loss_func((a, b), (b, a)),
     lambda a, b: Queue(4096, 64).nearest(a)[0],
-], ids=["nnclr", "feature", "nearest"])
+    lambda a, b: sce_loss_func(a, b, Queue(4096, 64).keys, in_batch=True, mask_self=True),
+], ids=["nnclr", "feature", "nearest", "sce"])
 def test_losses_and_searches_are_the_same_bits_under_autocast(loss):
     torch.manual_seed(0)
     a, b = torch.randn(2, 32, 64)

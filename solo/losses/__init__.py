@@ -2,5 +2,13 @@
 
 from solo.losses.all4one import All4OneTerms, all4one_loss_func, feature_loss_func
 from solo.losses.nnclr import nnclr_loss_func
+from solo.losses.sce import sce_loss_func, sce_multicrop_loss_func
 
-__all__ = ["All4OneTerms", "all4one_loss_func", "feature_loss_func", "nnclr_loss_func"]
+__all__ = [
+    "All4OneTerms",
+    "all4one_loss_func",
+    "feature_loss_func",
+    "nnclr_loss_func",
+    "sce_loss_func",
+    "sce_multicrop_loss_func",
+]

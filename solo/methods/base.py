@@ -83,20 +83,22 @@ class Method(pl.LightningModule):
             crop_sizes: side in pixels of each view, largest first.
 
         Raises:
-            ConfigError: the method takes other views, or a queue's size is not a multiple of the global batch.
+            ConfigError: the method takes other views, or a queue's size is not a multiple of what a batch pushes into it.
         """
         full = [size for size in crop_sizes if size == crop_sizes[0]]
         if len(full) != self.views or (len(crop_sizes) > len(full) and not self.multicrop):
             takes = f"{self.views} view{'s' * (self.views > 1)} of one size" + " and any smaller ones" * self.multicrop
             sizes = ", ".join(map(str, crop_sizes))
             raise ConfigError(f"augmentations: {type(self).__name__} takes {takes}, got crops of {sizes} px")
-        for name, module in self.named_modules():
-            size = len(module.keys) if isinstance(module, Queue) else 0
-            if size % global_batch:
-                below, above = size // global_batch * global_batch, math.ceil(size / global_batch) * global_batch
-                nearest = f"{below} or {above}" if below else str(above)
-                key = f"method_kwargs.{name}_size={size}"
-                raise ConfigError(f"{key} is not a multiple of the global batch {global_batch}: use {nearest}")
+        for name, queue in self.named_modules():
+            if not isinstance(queue, Queue) or len(queue.keys) % (pushed := global_batch * queue.views) == 0:
+                continue
+            size = len(queue.keys)
+            below, above = size // pushed * pushed, math.ceil(size / pushed) * pushed
+            nearest = f"{below} or {above}" if below else str(above)
+            times = f" x {queue.views} views" if queue.views > 1 else ""
+            key = f"method_kwargs.{name}_size={size}"
+            raise ConfigError(f"{key} is not a multiple of the global batch {global_batch}{times}: use {nearest}")
 
     def after_step(self, progress: float) -> dict[str, float]:
         """Move every `StepModule` on: queues take what was pushed, teachers follow.

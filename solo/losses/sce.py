@@ -1,0 +1,165 @@
+"""Similarity contrastive estimation (Denize et al. 2023, https://arxiv.org/abs/2111.14585) without its similarity matrices.
+
+With online similarities ``a = q keys^T / temperature`` and a target distribution ``w`` over the same keys, the loss of a row
+is ``-sum_j w_j log softmax(a)_j = logsumexp(a) - q . t / temperature`` where ``t = w keys``. The keys are constants, so ``t``
+[N, D] is all that is needed of a target view, and the gradient of ``logsumexp(a)`` is ``softmax(a) keys / temperature``. Both
+are softmax attention over the keys: taken block by block, they leave nothing as long as the queue in memory.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from solo.dist import gather, rank
+from solo.precision import full_precision
+
+_BLOCK = 2048       # keys at a time
+
+
+def sce_loss_func(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None,
+    *,
+    temperature: float = 0.1,
+    temperature_m: float = 0.07,
+    coeff: float = 0.5,
+    mask_self: bool = False,
+    in_batch: bool = False,
+) -> Tensor:
+    """Cross-entropy between each image's soft target and its online similarities, as in the paper.
+
+    The keys of row i are ``k_i`` itself and the queue's rows; its target is ``coeff`` on itself and ``1 - coeff`` shared out
+    by ``softmax(k_i keys^T / temperature_m)``. ``coeff=1`` is MoCo's InfoNCE; ``coeff=0`` with ``mask_self`` is ReSSL's
+    relation loss, but for the image itself, which here is one more key of the online side.
+
+    Args:
+        q: [N, D] online predictions; normalised here.
+        k: [N, D] target projections of another view, constants; normalised here.
+        queue: [K, D] past targets, taken as they are, or None.
+        temperature: of the online similarities.
+        temperature_m: of the target similarities.
+        coeff: lambda, in 0..1.
+        mask_self: the image is left out of its own target similarities, as in the paper. Without it that similarity is 0,
+            as in the released code: the positive weighs ``(1 - coeff) / (1 + sum_j exp(k_i . queue_j / temperature_m))`` more.
+        in_batch: the targets of the other images of the global batch are keys too.
+
+    Returns:
+        Mean loss over the N local rows, a scalar.
+    """
+    return sce_multicrop_loss_func(
+        [q], [k], queue, [(0, 0)],
+        temperature=temperature, temperature_m=temperature_m, coeff=coeff, mask_self=mask_self, in_batch=in_batch,
+    )
+
+
+@full_precision
+def sce_multicrop_loss_func(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    queue: Tensor | None,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    temperature: float = 0.1,
+    temperature_m: float = 0.07,
+    coeff: float = 0.5,
+    mask_self: bool = False,
+    in_batch: bool = False,
+) -> Tensor:
+    """Mean of `sce_loss_func` over pairs of views; each view meets the queue once, in however many pairs it is.
+
+    Args:
+        q: online predictions of V views, each [N, D].
+        k: target projections of G views, each [N, D].
+        queue: as for `sce_loss_func`, like the rest.
+        pairs: (number in ``k``, number in ``q``).
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    if queue is None and not in_batch:
+        raise ValueError("no keys to compare with: give a queue or set in_batch=True")
+    online = F.normalize(torch.stack(list(q)), dim=-1)                                              # [V, N, D]
+    with torch.no_grad():
+        own = F.normalize(torch.stack(list(k)), dim=-1)                                             # [G, N, D]
+        batch = gather(own.transpose(0, 1)).unbind(1) if in_batch else None                         # G x [world * N, D]
+        targets = _targets(own, queue, batch, temperature_m, coeff, mask_self)                      # [G, N, D]
+    past = None if queue is None else _LogSumExp.apply(online, queue, temperature, None)            # [V, N]
+    losses = []
+    for g, v in pairs:
+        parts = [(online[v] * own[g]).sum(-1) / temperature]                                        # each [N]
+        if past is not None:
+            parts.append(past[v])
+        if batch is not None:
+            parts.append(_LogSumExp.apply(online[v], batch[g], temperature, rank() * own.shape[1]))
+        positive = (online[v] * targets[g]).sum(-1) / temperature                                   # [N]
+        losses.append((torch.stack(parts).logsumexp(0) - positive).mean())
+    return torch.stack(losses).mean()
+
+
+def _targets(
+    own: Tensor, queue: Tensor | None, batch: Sequence[Tensor] | None, temperature: float, coeff: float, mask_self: bool
+) -> Tensor:
+    """The mean of each row's keys under its target distribution, [G, N, D]."""
+    parts = [] if mask_self else [(own.new_zeros(own.shape[:-1]), own)]     # itself, at similarity 0
+    if queue is not None:
+        parts.append(_attend(own, queue, temperature))
+    if batch is not None:
+        views = [_attend(rows, keys, temperature, rank() * len(rows)) for rows, keys in zip(own, batch, strict=True)]
+        sums, means = zip(*views, strict=True)
+        parts.append((torch.stack(sums), torch.stack(means)))
+    lse, mean = (torch.stack(part) for part in zip(*parts, strict=True))                            # [P, G, N], [P, G, N, D]
+    similar = (lse.softmax(0)[..., None] * mean).sum(0)                                             # [G, N, D]
+    return coeff * own + (1 - coeff) * similar
+
+
+class _LogSumExp(torch.autograd.Function):
+    """The first result of `_attend`; the second, its gradient, is all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, keys: Tensor, temperature: float, own: int | None) -> Tensor:
+        lse, mean = _attend(rows, keys, temperature, own)
+        ctx.save_for_backward(mean)
+        ctx.temperature = temperature
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (mean,) = ctx.saved_tensors
+        return (grad / ctx.temperature)[..., None] * mean, None, None, None
+
+
+def _attend(rows: Tensor, keys: Tensor, temperature: float, own: int | None = None) -> tuple[Tensor, Tensor]:
+    """``logsumexp(rows keys^T / temperature)`` and ``softmax(rows keys^T / temperature) keys``, block by block.
+
+    Args:
+        rows: [..., D]; [N, D] with ``own``.
+        keys: [K, D].
+        own: leave out, for row i, key ``own + i``.
+
+    Returns:
+        [...] and [..., D].
+    """
+    flat = rows.reshape(-1, rows.shape[-1]) / temperature                                           # [N, D]
+    number = torch.arange(len(keys), device=keys.device) if own is not None else None
+    top = flat.new_full((len(flat),), -math.inf)                                                    # [N]
+    total, mean = torch.zeros_like(top), torch.zeros_like(flat)                                     # [N], [N, D]
+    for start in range(0, len(keys), _BLOCK):
+        block = keys[start : start + _BLOCK]                                                        # [b, D]
+        a = flat @ block.T                                                                          # [N, b]
+        if own is not None and number is not None:
+            a.masked_fill_(number[start : start + _BLOCK] == number[own : own + len(flat), None], torch.finfo(a.dtype).min)
+        above = torch.maximum(top, a.amax(1))
+        a = a.sub_(above[:, None]).exp_()
+        shrink = (top - above).exp()
+        total = total * shrink + a.sum(1)
+        mean = torch.addmm(mean * shrink[:, None], a, block)
+        top = above
+    lse, mean = top + total.log(), mean / total[:, None]
+    return lse.view(rows.shape[:-1]), mean.view(rows.shape)
