@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+from torch import Tensor
 
-from solo.data.bad import BadImages
+from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec
 from solo.data.engines import ENGINES, Job, choose
 from solo.data.engines.fast import MAX_SIZE
+from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Position, TrainLoader
+from solo.data.random import Draws
 from solo.data.sources import ArraySource, Source
 from solo.data.subsets import Subset, in_memory, probe, stratified
-from solo.data.views import View, expand
+from solo.data.views import View, expand, sample
 from solo.dist import rank, world_size
 from solo.errors import ConfigError
 
@@ -127,6 +130,20 @@ class DataModule(pl.LightningDataModule):
             self.config.timeout,
             limit,
         )
+
+    def sheet(self, count: int) -> list[list[Tensor]]:
+        """For each of a few training images: the clean image, then its views of epoch 0; each [C, H, W] in 0..1.
+
+        The images are evenly spread over the dataset; one that cannot be read is replaced, as in training.
+        """
+        rows = []
+        for i in np.linspace(0, len(self._train) - 1, min(count, len(self._train))).astype(int):
+            _, image, _ = load_or_replace(self._train, self.seed, 0, int(i))
+            height, width = (np.array([side]) for side in image.shape[:2])
+            params = [sample(view, Draws(self.seed, 0, i, n), height, width) for n, view in enumerate(self.views)]
+            views = [apply(view, drawn.row(0), image) for view, drawn in zip(self.views, params, strict=True)]
+            rows.append([clean(image, views[0].shape[-1]), *views])
+        return rows
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Let the next `train_dataloader` begin at this batch of this epoch."""
