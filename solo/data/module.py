@@ -9,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 
+from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec
@@ -51,8 +52,7 @@ class DataModule(pl.LightningDataModule):
         row = DATASETS[config.dataset]
         whole = row.open(config, True)
         assert whole is not None
-        val = row.open(config, False)
-        _check_classes(whole, val)
+        val = _judges(whole, row.open(config, False))
         self.spec = _spec(row, config, whole)
         self.selected = _selection(config, whole.labels)
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
@@ -229,9 +229,17 @@ def _spec(row: DatasetSpec, config: DataConfig, source: Source) -> DatasetSpec:
     return dataclasses.replace(row, **changes)
 
 
-def _check_classes(train: Source, val: Source | None) -> None:
-    if val is None or not train.classes or not val.classes or train.classes == val.classes:
-        return
+def _judges(train: Source, val: Source | None) -> Source | None:
+    """The validation images, unless they have no labels while the training images have.
+
+    Raises:
+        ConfigError: they have other classes.
+    """
+    if val is None or not train.classes or train.classes == val.classes:
+        return val
+    if not val.classes:
+        warn(f"the validation images have no labels to judge by, so they are not used (the first: {val.name(0)})")
+        return None
     only = [
         f"only in {part}: {', '.join(sorted(set(a) - set(b))[:5])}"
         for part, a, b in (("training", train.classes, val.classes), ("validation", val.classes, train.classes))

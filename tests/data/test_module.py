@@ -16,6 +16,7 @@ from solo.data.random import order
 from solo.data.sources import ArraySource, FolderSource
 from solo.data.subsets import stratified
 from solo.data.views import Crop, View
+from solo.errors import ConfigError
 from tests.data.common import full_view, make_folder, picture
 
 
@@ -96,6 +97,79 @@ def test_labelled_folder(tmp_path: Path) -> None:
         data = module(4, dataset="image_folder", train_path=str(root), no_labels=False)
         assert len(data._train) == 9 and data.spec.classes == 2
         assert sum(len(batch.index) for batch in data.val_dataloader()) == 3
+
+
+SPLIT = {"train/a": 4, "train/b": 4}
+
+
+@pytest.mark.parametrize(
+    ("folders", "chosen"),
+    [
+        ({**SPLIT, "test/a": 1, "test/b": 1}, "test"),
+        ({**SPLIT, "valid/a": 1, "valid/b": 1, "test/a": 3, "test/b": 3}, "valid"),
+        ({**SPLIT, "validation/a": 1, "validation/b": 1}, "validation"),
+        ({**SPLIT, "val/a": 1, "val/b": 1, "test/a": 3, "extra": 2}, "val"),
+    ],
+)
+@pytest.mark.parametrize("below", ["", "train"])
+def test_split_folder(below: str, folders: dict, chosen: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, folders)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no image")
+    data = module(4, dataset="image_folder", train_path=str(tmp_path / below))
+    assert len(data.selected) == 8 and data.spec.classes == 2
+    assert sorted(label for batch in data.val_dataloader() for label in batch.labels.tolist()) == [0, 1]
+    assert data._val.name(0).startswith(f"{tmp_path / chosen}/") and not caplog.records
+
+
+def test_train_and_test_among_other_folders_are_classes(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"train": 4, "test": 4, "plane": 4})
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    assert data.spec.classes == 3 and len(data.selected) == 12 and data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_of_two_folders_to_validate_on_one_must_be_named(below: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, {**SPLIT, "valid/a": 1, "validation/a": 1, "validation/b": 1})
+    where = {"dataset": "image_folder", "train_path": str(tmp_path / below)}
+    with pytest.raises(ConfigError) as caught:
+        module(4, **where)
+    assert str(caught.value) == f"{tmp_path} holds valid and validation: name one, data.val_path=..."
+    data = module(4, **where, val_path=str(tmp_path / "validation"))
+    assert len(data.selected) == 8 and len(data.val_dataloader()) == 1
+
+
+def test_a_test_folder_without_labels_judges_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, {**SPLIT, "test": 3})
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    assert data.spec.classes == 2 and data.val_dataloader() == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the validation images have no labels to judge by, so they are not used (the first: {tmp_path}/test/0000.png)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "why"),
+    [
+        ({"cat": 4, "dog": 4, ".": 1}, "1 lie beside the folders (0000.png)"),
+        ({"train/cat": 4, "train/dog": 4}, "train holds images further down only (train/cat/0000.png)"),
+        ({"cat": 4, "dog/big": 4}, "dog holds images further down only (dog/big/0000.png)"),
+        ({".": 8}, None),
+        ({"cat": 8}, None),
+    ],
+)
+def test_labels_are_not_lost_in_silence(
+    folders: dict, why: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, folders)
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (why is not None)
+    if why is not None:
+        assert data.spec.classes == 0 and why in told[0] and "\n" not in told[0]
+        assert told[0].startswith(f"data.train_path={tmp_path}: no image gets a label") and "data.no_labels=true" in told[0]
+    caplog.clear()
+    assert module(4, dataset="image_folder", train_path=str(tmp_path), no_labels=True).spec.classes == 0 and not caplog.records
 
 
 @pytest.mark.parametrize("layout", ["flat", "nested", "asked"])
