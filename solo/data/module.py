@@ -34,6 +34,7 @@ class DataModule(pl.LightningDataModule):
         views: the augmentations; none for evaluation only.
         batch_size: images of one step on one process.
         seed: of order and augmentation.
+        labelled: leave out training images without a label.
 
     Attributes:
         spec: the dataset's row with the config's overrides and the classes found.
@@ -45,7 +46,9 @@ class DataModule(pl.LightningDataModule):
         ConfigError: the dataset is missing, empty, or contradicts the config.
     """
 
-    def __init__(self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int, labelled: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.views = expand(views)
@@ -54,7 +57,7 @@ class DataModule(pl.LightningDataModule):
         assert whole is not None
         val = _judges(whole, row.open(config, False))
         self.spec = _spec(row, config, whole)
-        self.selected = _selection(config, whole.labels)
+        self.selected = _selection(config, whole.labels, labelled)
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
         self._val = val
         _check_views(self.views, self.spec)
@@ -203,12 +206,12 @@ def _read(source: Source, bad: BadImages) -> Source:
     return source
 
 
-def _selection(config: DataConfig, labels: np.ndarray) -> np.ndarray:
-    chosen = np.arange(len(labels))
+def _selection(config: DataConfig, labels: np.ndarray, labelled: bool) -> np.ndarray:
+    chosen = np.flatnonzero(labels >= 0) if labelled and (labels >= 0).any() else np.arange(len(labels))
     if config.train_size is not None:
-        if config.train_size > len(labels):
-            raise ConfigError(f"data.train_size={config.train_size} is more than the {len(labels)} training images")
-        chosen = stratified(labels, config.train_size, first=True)
+        if config.train_size > len(chosen):
+            raise ConfigError(f"data.train_size={config.train_size} is more than the {len(chosen)} training images")
+        chosen = chosen[stratified(labels[chosen], config.train_size, first=True)]
     if config.fraction < 1:
         count = max(1, round(config.fraction * len(chosen)))
         chosen = chosen[stratified(labels[chosen], count, first=False)]

@@ -62,7 +62,27 @@ def test_a_batch_without_labels_changes_nothing():
     p = probe()
     before = p.state_dict()
     scalars = p.update(torch.randn(4, 6), torch.full((4,), -1), 0.3)
-    assert scalars["probe_loss"] == 0 and all(torch.equal(before[name], value) for name, value in p.state_dict().items())
+    assert scalars["probe_loss"].isnan() and scalars["probe_acc1"].isnan()
+    assert all(torch.equal(before[name], value) for name, value in p.state_dict().items())
+
+
+def test_images_without_a_label_are_neither_right_nor_counted():
+    """A head that is always right has 100 % of the labelled images, in training and in validation."""
+
+    class Knowing(Toy):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {**outputs, "feats": torch.eye(6)[batch.labels.clamp(min=0)]}
+
+        def validation_step(self, batch, batch_idx):
+            return {"feats": torch.eye(6)[batch.labels.clamp(min=0)], "labels": batch.labels}
+
+    p = probe(lr=1e-9)
+    with torch.no_grad():
+        p.head.weight.copy_(torch.eye(6)[:CLASSES])
+        p.head.bias.zero_()
+    _, trainer = fit([p], Knowing(), max_epochs=1)
+    assert trainer.callback_metrics["val/probe_acc1"] == 100 and p.step_scalars["probe_acc1"] == 100
 
 
 def test_half_precision_features_are_read_as_float32():
