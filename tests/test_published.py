@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torchvision.datasets
 import yaml
 
 from solo import optim
@@ -172,3 +173,35 @@ def test_effective_rates(base, images, devices, accumulated, effective):
     assert rates.pop("transformer") == 0.1                      # never scaled, as published
     assert set(rates) == {"backbone", "projector", "predictor", "centroid_predictor"}
     assert list(rates.values()) == pytest.approx([effective] * 4, rel=1e-12)
+
+
+# --- torchvision's datasets: which part, which axis, which label ---------------------------------------------------------
+
+PARTS = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_torchvision_datasets_are_opened_as_published(name, monkeypatch, tmp_path):
+    kind, *parts = PARTS[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)      # [N, H, W, C]
+    opened = []
+
+    def init(self, root, **kwargs):
+        opened.append((root, kwargs))
+        self.classes = ["a", "b", "c"]
+        if name == "stl10":                                     # [N, C, H, W], and labels with -1
+            self.data, self.labels = pixels.transpose(0, 3, 1, 2), np.array([2, -1, 0])
+        else:
+            self.data, self.targets = pixels, [2, 1, 0]
+
+    monkeypatch.setattr(getattr(torchvision.datasets, kind), "__init__", init)
+    config = DataConfig(dataset=name, train_path=str(tmp_path / "a"), val_path=str(tmp_path / "b"))
+    sources = [DATASETS[name].open(config, train) for train in (True, False)]
+    assert opened == [(str(tmp_path / "a"), parts[0]), (str(tmp_path / "b"), parts[1])]
+    for source in sources:
+        assert np.array_equal(source.images, pixels) and source.classes == ["a", "b", "c"]
+        assert source.labels.tolist() == ([2, -1, 0] if name == "stl10" else [2, 1, 0])
