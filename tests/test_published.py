@@ -15,6 +15,8 @@ from solo.data.datasets import DATASETS
 from solo.data.engines.torchvision import apply
 from solo.data.random import Draws
 from solo.data.views import View, sample
+from solo.eval.linear import LinearConfig
+from solo.eval.protocol import standard_view
 from solo.experiment import experiment
 from solo.testing import Case
 from tests.conftest import ROOT
@@ -100,6 +102,15 @@ def test_linear_recipes():
     assert finetune.pop("scheduler") == {"name": "warmup_cosine", "warmup_epochs": 10, "warmup_start_lr": 0}
     assert finetune == {"checkpoint": "x", "max_epochs": 100, "finetune": True, "label_smoothing": 0.1, "mixup": 0.8,
                         "cutmix": 1.0, "layer_decay": 0.75}
+
+
+def test_linear_evaluation_without_a_recipe_is_the_published_one():
+    config, view = LinearConfig(checkpoint="x"), standard_view(224)
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("sgd", 0.3, 0)
+    assert (config.scheduler.name, config.scheduler.lr_decay_steps, config.scheduler.lr_decay_factor) == ("step", [60, 80], 0.1)
+    assert (view.rrc.crop_min_scale, view.rrc.crop_max_scale, view.horizontal_flip.prob, view.crop_size) == (0.08, 1, 0.5, 224)
+    others = (view.color_jitter, view.grayscale, view.gaussian_blur, view.solarization, view.equalization)
+    assert not any(chance.prob for chance in others)
 
 
 # --- views: crop scale; jitter prob, brightness, contrast, saturation, hue; grey, blur, solarise, equalise, flip ----------

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from solo.batch import Batch
@@ -15,7 +16,7 @@ from solo.data.engines import Slot
 from solo.data.engines.torchvision import clean
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
-from solo.data.sources import ArraySource, FolderSource
+from solo.data.sources import ArraySource, FolderSource, convert_channels
 from solo.data.subsets import stratified
 from solo.data.views import Crop, View
 from solo.errors import ConfigError
@@ -82,6 +83,13 @@ def test_grey_images_end_to_end(dataset: str, engine: str, tmp_path: Path) -> No
     batch = next(iter(data.train_dataloader()))
     assert batch.views[0].shape == (16, 1, 32, 32) and batch.views[0].isfinite().all()
     assert next(iter(data.clean_loader(train=True))).views[0].shape == (16, 1, 32, 32)
+
+
+def test_grey_is_pillows() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    assert np.array_equal(convert_channels(pixels, 1)[..., 0], np.asarray(Image.fromarray(pixels).convert("L")))
+    grey = pixels[..., :1]
+    assert np.array_equal(convert_channels(grey, 3), np.asarray(Image.fromarray(grey[..., 0]).convert("RGB")))
 
 
 # Folders

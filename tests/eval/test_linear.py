@@ -56,6 +56,30 @@ def test_quick_probe_learns_and_masks():
         linear_accuracy(train, Features(test.features, torch.full((80,), -1)), 4)
 
 
+def test_quick_probe_is_the_minimum_of_its_objective():
+    """Summed cross-entropy plus half of 0.03 D |W|^2 on standardised features, minimised in float64 by torch."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(10, 10, generator=generator) * torch.logspace(-2, 1, 10)
+    noisy = [Features((f.features + 2 * torch.randn(f.features.shape, generator=generator)) @ mixing + 5, f.labels)
+             for f in (separable(300, 0), separable(1000, 1))]
+    mean, std = noisy[0].features.double().mean(0), noisy[0].features.double().std(0, correction=0)
+    train, test = ((f.features.double() - mean) / std for f in noisy)
+    weight, bias = torch.zeros(10, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    solver = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=500, line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        fit = nn.functional.cross_entropy(train @ weight + bias, noisy[0].labels, reduction="sum")
+        loss = fit + 0.03 * 10 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    expected = 100 * ((test @ weight + bias).argmax(1) == noisy[1].labels).double().mean().item()
+    assert 40 < expected < 90
+    assert linear_accuracy(*noisy, 4)["acc1"] == pytest.approx(expected, abs=0.5)
+
+
 def train_toy(backbone: nn.Module | None = None, **changes) -> Classifier:
     import pytorch_lightning as pl
 
