@@ -36,6 +36,14 @@ def test_lars_equals_official(golden, dtype):
                     )
 
 
+def test_lars_defaults_are_published():
+    defaults = LARS([torch.zeros(1, requires_grad=True)], lr=1.0).defaults
+    assert defaults == {
+        "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False,
+        "dampening": 0.0, "nesterov": False, "eps": 1e-8,
+    }
+
+
 def test_warmup_cosine_equals_official(golden):
     z = golden("solo_util_warmup_cosine")
     for i, config in enumerate(z.params["configs"]):
