@@ -9,12 +9,14 @@ import torchvision.datasets
 import yaml
 
 from solo import optim
+from solo.callbacks.knn import KNNConfig
 from solo.config import bind, load
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.engines.torchvision import apply
 from solo.data.random import Draws
 from solo.data.views import View, sample
+from solo.eval.knn import Vote
 from solo.eval.linear import LinearConfig
 from solo.eval.protocol import standard_view
 from solo.experiment import experiment
@@ -102,6 +104,12 @@ def test_linear_recipes():
     assert finetune.pop("scheduler") == {"name": "warmup_cosine", "warmup_epochs": 10, "warmup_start_lr": 0}
     assert finetune == {"checkpoint": "x", "max_epochs": 100, "finetune": True, "label_smoothing": 0.1, "mixup": 0.8,
                         "cutmix": 1.0, "layer_decay": 0.75}
+
+
+def test_knn_without_settings_is_the_published_one():
+    online, vote = KNNConfig(), Vote()
+    assert (online.k, online.temperature, online.distance) == ([20], 0.07, "cosine")
+    assert (vote.k, vote.temperature, vote.distance) == (20, 0.07, "cosine")
 
 
 def test_linear_evaluation_without_a_recipe_is_the_published_one():

@@ -1,5 +1,7 @@
 """The probe learns, resumes bit for bit, and leaves the backbone alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,6 +66,17 @@ def test_a_batch_without_labels_changes_nothing():
     scalars = p.update(torch.randn(4, 6), torch.full((4,), -1), 0.3)
     assert scalars["probe_loss"].isnan() and scalars["probe_acc1"].isnan()
     assert all(torch.equal(before[name], value) for name, value in p.state_dict().items())
+
+
+def test_rate_is_half_a_cosine_over_the_run():
+    class Watched(OnlineProbe):
+        def update(self, feats, labels, lr):
+            rates.append(lr)
+            return super().update(feats, labels, lr)
+
+    rates = []
+    fit([Watched(dim=6, num_classes=CLASSES, lr=0.5)], max_epochs=2)
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 12)) for t in range(12)])
 
 
 def test_images_without_a_label_are_neither_right_nor_counted():

@@ -80,6 +80,8 @@ def test_grey_images_end_to_end(dataset: str, engine: str, tmp_path: Path) -> No
     path = str(tmp_path) if dataset == "image_folder" else None
     data = module(dataset=dataset, train_path=path, engine=engine, in_chans=1, num_workers=0)
     assert data.spec.in_chans == len(data.spec.mean) == len(data.spec.std) == 1
+    if dataset == "image_folder":
+        assert (data.spec.mean, data.spec.std) == ((pytest.approx(1.347 / 3),), (pytest.approx(0.678 / 3),))  # of R, G, B
     batch = next(iter(data.train_dataloader()))
     assert batch.views[0].shape == (16, 1, 32, 32) and batch.views[0].isfinite().all()
     assert next(iter(data.clean_loader(train=True))).views[0].shape == (16, 1, 32, 32)
