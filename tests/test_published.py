@@ -106,7 +106,8 @@ def test_linear_recipes():
                         "cutmix": 1.0, "layer_decay": 0.75}
 
 
-def test_knn_without_settings_is_the_published_one():
+def test_knn_without_settings():
+    """solo-learn's k and temperature; its online distance is euclidean, ours is cosine on line and off."""
     online, vote = KNNConfig(), Vote()
     assert (online.k, online.temperature, online.distance) == ([20], 0.07, "cosine")
     assert (vote.k, vote.temperature, vote.distance) == (20, 0.07, "cosine")
