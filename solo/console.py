@@ -10,8 +10,19 @@ log = logging.getLogger("solo")
 
 def say(text: str) -> None:
     """Tell the user something, once for all ranks."""
-    if not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))):
+    if _speaks():
         log.info(text)
+
+
+def warn(text: str) -> None:
+    """Tell the user something that is probably not meant, once for all ranks."""
+    if _speaks():
+        log.warning(text)
+
+
+def _speaks() -> bool:
+    """Whether this is rank 0, also before the processes have met."""
+    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
 
 
 def quiet_libraries() -> None:

@@ -33,6 +33,12 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+@full_precision
+def unit(z: Tensor) -> Tensor:
+    """Rows [..., D] scaled to length 1; in float32 where ``z`` has 16 bits."""
+    return F.normalize(z, dim=-1)
+
+
 class StepModule(nn.Module):
     """A module with state that moves once per optimizer step, however many micro-batches the step accumulates."""
 
@@ -94,7 +100,7 @@ class Queue(StepModule):
             z: [B, D], normalised here.
             labels: [B].
         """
-        self._pending.append((gather(F.normalize(z.to(self.keys.dtype), dim=-1)), gather(labels)))
+        self._pending.append((gather(unit(z.to(self.keys.dtype))), gather(labels)))
 
     @torch.no_grad()
     def land(self) -> None:
@@ -114,7 +120,7 @@ class Queue(StepModule):
 @full_precision
 def _cosines(z: Tensor, keys: Tensor) -> Tensor:
     """[B, D] and normalised rows [K, D] -> [B, K]."""
-    return F.normalize(z, dim=-1).to(keys.dtype) @ keys.T
+    return unit(z).to(keys.dtype) @ keys.T
 
 
 @dataclass(kw_only=True)
@@ -167,11 +173,11 @@ class Teacher(StepModule, nn.Sequential):
 
 
 def neighbour_accuracy(neighbours: Tensor, labels: Tensor) -> Tensor:
-    """Share of samples whose neighbour has their label, among those where both are known (0 where none is).
+    """Share of samples whose neighbour has their label, among those where both are known; NaN where none is.
 
     Args:
         neighbours: [B] labels of the neighbours, -1 where unknown.
         labels: [B] labels of the samples, -1 where unknown.
     """
     known = (neighbours >= 0) & (labels >= 0)
-    return ((neighbours == labels) & known).sum() / known.sum().clamp(min=1)
+    return ((neighbours == labels) & known).sum() / known.sum()

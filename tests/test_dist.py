@@ -29,20 +29,21 @@ def test_nnclr_on_two_ranks_equals_official(golden, dtype):
         assert abs(torch.from_numpy(grad).double() - official).max() <= gradient * official.abs().max()
 
 
-def official_queue(rank, z):
-    queue = Queue(8, 4).double()
+def official_queue(rank, z, dtype):
+    queue = Queue(8, 4).to(dtype)
     queue.keys.copy_(z[f"queue_rank{rank}"])
-    queue.push(z[f"z_rank{rank}"], z[f"y_rank{rank}"])
+    queue.push(z[f"z_rank{rank}"].to(dtype), z[f"y_rank{rank}"])
     queue.land()
     return queue.keys.numpy(), queue.labels.numpy(), queue.pointer.item()
 
 
-def test_queue_on_two_ranks_equals_official(golden):
+@pytest.mark.parametrize("dtype, rtol, atol", [(torch.float64, 1e-9, 1e-12), (torch.float32, 1e-5, 1e-6)])
+def test_queue_on_two_ranks_equals_official(golden, dtype, rtol, atol):
     z = golden("solo_ddp_queue")
-    for rank, (keys, labels, pointer) in enumerate(run_ranks(official_queue, z)):
+    for rank, (keys, labels, pointer) in enumerate(run_ranks(official_queue, z, dtype)):
         expected = torch.nn.functional.normalize(z[f"out_queue_rank{rank}"], dim=-1)
-        found = torch.nn.functional.normalize(torch.from_numpy(keys), dim=-1)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        found = torch.nn.functional.normalize(torch.from_numpy(keys).double(), dim=-1)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
         assert labels.tolist() == z[f"out_queue_y_rank{rank}"].tolist()
         assert pointer == z[f"out_ptr_rank{rank}"].item()
 

@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+from solo.callbacks import health, knn, probe
+from solo.eval.linear import Classifier, LinearConfig
 from solo.losses import feature_loss_func, nnclr_loss_func, sce_loss_func
-from solo.nn import Queue
+from solo.methods import all4one
+from solo.nn import Queue, unit
 from solo.precision import full_precision
+from solo.testing import Case
+from tests.callbacks.toy import CLASSES, ToyBackbone, fit
 
 
 @full_precision
@@ -43,3 +48,66 @@ def test_losses_and_searches_are_the_same_bits_under_autocast(loss):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = loss(a, b)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@SIXTEEN
+def test_unit_rows_are_unit_to_float32_under_autocast(dtype):
+    z = torch.randn(16, 64).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        rows = unit(z)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, torch.nn.functional.normalize(z.float(), dim=-1), rtol=0, atol=0)
+
+
+@SIXTEEN
+def test_all4one_hands_unit_targets_and_float32_neighbours_to_its_loss(dtype, monkeypatch):
+    given = []
+    monkeypatch.setattr(all4one, "all4one_loss_func", lambda *a, **k: given.append(a) or real(*a, **k))
+    case = Case("all4one")
+    model, (batch,) = case.build(), case.batches(1)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model.losses(batch)["loss"]
+    ((centroids, shifted, neighbours, _, _, targets),) = given
+    for rows in (*neighbours, *targets):
+        assert rows.dtype == torch.float32 and (rows.double().norm(dim=-1) - 1).abs().max() < 1e-6
+    assert all(x.dtype == torch.float32 for x in (*centroids, *shifted, loss))
+
+
+real = all4one.all4one_loss_func
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_what_watches_works_in_float32(precision, monkeypatch):
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            features = args[1] if name == "update" else args[0]
+            seen.append((name, getattr(features, "features", features).dtype, torch.is_autocast_enabled("cpu")))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watched(probe.OnlineProbe, "update")
+    watched(health, "feature_std")
+    watched(health, "effective_rank")
+    watched(knn, "knn_hits")
+    callbacks = [probe.OnlineProbe(6, CLASSES, 0.1), health.Health(health.HealthConfig(every=1)), knn.KNNCallback(CLASSES)]
+    fit(callbacks, max_epochs=1, precision=precision)
+    assert {name for name, *_ in seen} == {"update", "feature_std", "effective_rank", "knn_hits"}
+    assert {(dtype, autocast) for _, dtype, autocast in seen} == {(torch.float32, False)}
+
+
+@SIXTEEN
+def test_linear_evaluation_ranks_classes_in_float32(dtype):
+    model = Classifier(ToyBackbone(), 100, LinearConfig(checkpoint="-"))
+    feats = torch.randn(32, 6).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model.logits(feats)
+    expected = feats.double() @ model.head.weight.double().T + model.head.bias.double()
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)

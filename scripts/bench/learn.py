@@ -1,26 +1,27 @@
 """Does a method learn? Trains on the real CIFAR-10 images and tables k-NN and linear accuracy over time.
 
 ``python scripts/bench/learn.py nnclr [--recipe scripts/bench/small] [--images N] [--epochs E] [key=value ...]`` writes
-``bench/learn/<run>.csv`` (one row per evaluated epoch, epoch 0 is the untrained backbone) and a row in LAB.md's table.
+``bench/learn/<run>.csv`` (one row per evaluated epoch, epoch 0 is the untrained backbone) and a row in LAB.md's table that
+links to it. Other settings or another revision of the code make another file.
 The images are ``data/cifar10-jpeg.npz`` below ``SOLO_SHARED`` (default: ``../shared``).
 """
 
 import argparse
 import csv
+import hashlib
 import os
 import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from solo.config import load
-from solo.console import quiet_libraries
+from solo.console import quiet_libraries, say
 from solo.data.module import DataModule
-from solo.errors import reported
+from solo.errors import ConfigError, reported
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from solo.eval.linear import linear_accuracy
@@ -38,10 +39,12 @@ class Curve(pl.Callback):
     def __init__(self, file: Path, every: int) -> None:
         self.file, self.every = file, every
         self.rows: list[dict[str, float]] = []
+        self.writes = True  # rank 0 does
         self.spent = 0.0
         self.mark = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.writes = trainer.is_global_zero
         self.measure(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,13 +63,18 @@ class Curve(pl.Callback):
         row |= {f"knn{k}": round(knn_accuracy(*train, *test, data.spec.classes, k=k)["acc1"], 2) for k in (20, 200)}
         row["linear"] = round(linear_accuracy(train, test, data.spec.classes)["acc1"], 2)
         self.rows.append(row)
+        if self.writes:
+            self.write()
+        self.mark = time.monotonic()
+
+    def write(self) -> None:
+        """The rows so far to the file, the newest to the screen."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("w", newline="") as out:
             writer = csv.DictWriter(out, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        print(row, flush=True)
-        self.mark = time.monotonic()
+        print(self.rows[-1], flush=True)
 
 
 def hardware() -> str:
@@ -76,6 +84,16 @@ def hardware() -> str:
         if torch.cuda.is_available()
         else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     )
+
+
+def revision() -> str:
+    """The commit that runs; with a ``+`` when code or recipes differ from it."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    return commit + "+" * (git("diff", "--quiet", "HEAD", "--", "solo", "scripts").returncode == 1)
 
 
 def main() -> None:
@@ -98,19 +116,21 @@ def main() -> None:
         "name": f"learn-{options.method}",
         "knn.enabled": "false",
         "report.enabled": "false",
+        "limit_val_batches": 0,  # the seconds are training's alone
         "resume": "never",
     }
     overrides = [*(f"{key}={value}" for key, value in settings.items()), *options.overrides]
     config = experiment(load(ROOT / options.recipe / f"{options.method}.yaml", overrides))
-    revision = (
-        subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "-"
-    )
-    curve = Curve(ROOT / "bench" / "learn" / f"{options.method}-{options.images}-{options.epochs}.csv", options.every)
+    settings_hash = hashlib.sha256(" ".join([options.recipe, *options.overrides]).encode()).hexdigest()[:6]
+    name = f"{options.method}-{options.images}-{options.epochs}-{settings_hash}-{revision()}"
+    curve = Curve(ROOT / "bench" / "learn" / f"{name}.csv", options.every)
+    say(f"curve: {curve.file}")
     pretrain(config, extra_callbacks=[curve])
-    note(options, config, curve, revision)
+    if curve.writes:
+        note(options, curve)
 
 
-def note(options: argparse.Namespace, config: Any, curve: Curve, revision: str) -> None:
+def note(options: argparse.Namespace, curve: Curve) -> None:
     """Append the run to the table in LAB.md."""
     first, last = curve.rows[0], curve.rows[-1]
     cells = [
@@ -121,11 +141,14 @@ def note(options: argparse.Namespace, config: Any, curve: Curve, revision: str) 
         hardware(),
         f"{last['seconds']:.0f}",
         *(f"{first[name]:.1f} -> **{last[name]:.1f}**" for name in COLUMNS[2:]),
-        revision,
+        f"[{curve.file.stem.rpartition('-')[2]}]({curve.file.relative_to(ROOT).as_posix()})",
     ]
+    row = "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
     lab = ROOT / "LAB.md"
     text = lab.read_text()
-    lab.write_text(text.replace(TABLE, "| " + " | ".join(map(str, cells)) + " |\n" + TABLE))
+    if TABLE not in text:
+        raise ConfigError(f"{lab} has no line {TABLE} to put the result before: {row}")
+    lab.write_text(text.replace(TABLE, f"{row}\n{TABLE}"))
 
 
 if __name__ == "__main__":

@@ -83,12 +83,18 @@ class KNNCallback(Callback):
         with trainer.precision_plugin.forward_context():
             bank = extract(pl_module.backbone, loader, pl_module.device)  # type: ignore[arg-type]
         if not len(bank.labelled().labels):
-            self._possible = False
-            if trainer.is_global_zero:
-                log.warning("k-NN is left out: no train image has a label")
+            self._give_up(trainer, "train")
             return
         votes = [Vote(k=k, temperature=self.config.temperature, distance=self.config.distance) for k in self.config.k]
         hits = knn_hits(bank.to(pl_module.device), queries, self.num_classes, votes)
         hits = all_reduce(hits.to(pl_module.device))
+        if not hits[0, 2]:
+            self._give_up(trainer, "validation")
+            return
         metrics = {f"val/knn@{vote.k}": percent(row)["acc1"] for vote, row in zip(votes, hits, strict=True)}
         pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+
+    def _give_up(self, trainer: pl.Trainer, part: str) -> None:
+        self._possible = False
+        if trainer.is_global_zero:
+            log.warning("k-NN is left out: no %s image has a label", part)

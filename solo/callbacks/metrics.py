@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from solo.batch import Batch
-from solo.dist import all_reduce, world_size
+from solo.dist import all_reduce
 
 
 @runtime_checkable
@@ -22,8 +22,9 @@ class MetricsLogger(Callback):
     """Sends ``train/<name>`` for every scalar of ``outputs`` and of the callbacks (`StepScalars`), ``train/lr``, and what
     the method's last step moved (``train/tau``).
 
-    Values are means over the batches since the last report and over ranks; a report is made every
-    ``trainer.log_every_n_steps`` optimizer steps and at the end of each epoch.
+    Values are means over the batches since the last report and over ranks, NaN left out: that is how a batch without
+    labels says that it has no accuracy. A report is made every ``trainer.log_every_n_steps`` optimizer steps and at the
+    end of each epoch.
 
     Attributes:
         last: values of the last report.
@@ -32,7 +33,7 @@ class MetricsLogger(Callback):
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
         self._reported = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,14 +58,15 @@ class MetricsLogger(Callback):
         if not isinstance(value, Tensor) or value.numel() != 1:
             return
         value = value.detach().float().reshape(())
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        known = ~value.isnan()
+        self._sums[name] = self._sums.get(name, 0) + torch.where(known, value, 0)
+        self._counts[name] = self._counts.get(name, 0) + known.float()
 
     def _report(self, trainer: pl.Trainer) -> None:
         names = sorted(self._sums)
-        sums = all_reduce(torch.stack([self._sums[name] for name in names]))
-        counts = [self._counts[name] * world_size() for name in names]
-        self.last = {name: total / count for name, total, count in zip(names, sums.tolist(), counts, strict=True)}
+        totals = torch.stack([*(self._sums[name] for name in names), *(self._counts[name] for name in names)])
+        sums, counts = all_reduce(totals).view(2, -1).tolist()
+        self.last = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
         self.last["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.last |= getattr(trainer.lightning_module, "stepped", {})
         self._sums, self._counts, self._reported = {}, {}, trainer.global_step

@@ -102,7 +102,7 @@ class OnlineProbe(Callback):
             lr: rate of this step.
 
         Returns:
-            ``probe_loss`` and ``probe_acc1`` in percent, without host sync.
+            ``probe_loss`` and ``probe_acc1`` in percent, NaN without a label; no host sync.
         """
         parameters = list(self.head.parameters())
         with torch.enable_grad():
@@ -112,8 +112,8 @@ class OnlineProbe(Callback):
         right = (logits.argmax(1) == labels).sum()
         packed = torch.cat([g.flatten() for g in gradients] + [torch.stack([loss.detach(), right, (labels >= 0).sum()])])
         packed = all_reduce(packed)
-        rows = packed[-1].clamp(min=1)
-        parts = (packed[:-3] / rows).split([p.numel() for p in parameters])
+        rows = packed[-1]
+        parts = (packed[:-3] / rows.clamp(min=1)).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts, strict=True):
             p.grad = part.view_as(p)
         self.optimizer.param_groups[0]["lr"] = lr

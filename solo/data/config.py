@@ -11,7 +11,8 @@ class DataConfig:
     Attributes:
         dataset: a row of `solo.data.datasets.DATASETS`.
         train_path: folder or file of the training images; embedded datasets need none.
-        val_path: the same for validation; null: the dataset's own test part, or a ``val`` folder beside ``train``.
+        val_path: the same for validation; null: the dataset's own test part, or the folder beside ``train`` called
+            ``val``, ``valid``, ``validation`` or ``test``.
         engine: ``fast`` (in memory, batched; images up to 64 px of one size), ``torchvision`` (worker processes) or
             ``auto``: fast where it can.
         num_workers: worker processes of the torchvision engine.

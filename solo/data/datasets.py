@@ -20,6 +20,7 @@ from solo.data.sources import (
     Source,
     check_directory,
     convert_channels,
+    holds_images,
 )
 from solo.errors import ConfigError
 from solo.registry import Registry
@@ -120,18 +121,36 @@ def _folder(config: DataConfig, train: bool) -> Source | None:
     root = _required(config, "a folder of images")
     key = "data.train_path"
     check_directory(root, key)
-    split = (root / "train").is_dir() and (root / "val").is_dir()
+    found = _evaluation_folders(root)
     if train:
-        root = root / "train" if split else root
+        root = root / "train" if found else root
     elif config.val_path is not None:
         root, key = Path(config.val_path), "data.val_path"
-    elif split:
-        root = root / "val"
-    elif root.name == "train" and root.with_name("val").is_dir():
-        root = root.with_name("val")
     else:
-        return None
+        found = found or (_evaluation_folders(root.parent) if root.name == "train" else [])
+        if not found:
+            return None
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            raise ConfigError(f"{found[0].parent} holds {names}: name one, data.val_path=...")
+        root = found[0]
     return FolderSource(root, config.in_chans or 3, key, labelled=not config.no_labels)
+
+
+def _evaluation_folders(root: Path) -> list[Path]:
+    """The folder beside ``root/train`` to evaluate on, or none: ``val``; else ``valid`` or ``validation`` (both when both
+    hold images), else ``test``. Not so when still other folders there hold images: then these names may be classes.
+    """
+    folders = {path.name: path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if "train" not in folders:
+        return []
+    if "val" in folders:
+        return [folders["val"]]
+    filled = {name: folder for name, folder in folders.items() if holds_images(folder)}
+    if set(filled) - {"train", "valid", "validation", "test"}:
+        return []
+    found = [filled[name] for name in ("valid", "validation") if name in filled]
+    return found or [filled[name] for name in ("test",) if name in filled]
 
 
 def _npz(config: DataConfig, train: bool) -> Source | None:

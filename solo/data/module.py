@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+from torch import Tensor
 
-from solo.data.bad import BadImages
+from solo.console import warn
+from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec
 from solo.data.engines import ENGINES, Job, choose
 from solo.data.engines.fast import MAX_SIZE
+from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Position, TrainLoader
+from solo.data.random import Draws
 from solo.data.sources import ArraySource, Source
 from solo.data.subsets import Subset, in_memory, probe, stratified
-from solo.data.views import View, expand
+from solo.data.views import View, expand, sample
 from solo.dist import rank, world_size
 from solo.errors import ConfigError
 
@@ -30,6 +34,7 @@ class DataModule(pl.LightningDataModule):
         views: the augmentations; none for evaluation only.
         batch_size: images of one step on one process.
         seed: of order and augmentation.
+        labelled: leave out training images without a label.
 
     Attributes:
         spec: the dataset's row with the config's overrides and the classes found.
@@ -41,17 +46,18 @@ class DataModule(pl.LightningDataModule):
         ConfigError: the dataset is missing, empty, or contradicts the config.
     """
 
-    def __init__(self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int, labelled: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.views = expand(views)
         row = DATASETS[config.dataset]
         whole = row.open(config, True)
         assert whole is not None
-        val = row.open(config, False)
-        _check_classes(whole, val)
+        val = _judges(whole, row.open(config, False))
         self.spec = _spec(row, config, whole)
-        self.selected = _selection(config, whole.labels)
+        self.selected = _selection(config, whole.labels, labelled)
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
         self._val = val
         _check_views(self.views, self.spec)
@@ -128,6 +134,20 @@ class DataModule(pl.LightningDataModule):
             limit,
         )
 
+    def sheet(self, count: int) -> list[list[Tensor]]:
+        """For each of a few training images: the clean image, then its views of epoch 0; each [C, H, W] in 0..1.
+
+        The images are evenly spread over the dataset; one that cannot be read is replaced, as in training.
+        """
+        rows = []
+        for i in np.linspace(0, len(self._train) - 1, min(count, len(self._train))).astype(int):
+            _, image, _ = load_or_replace(self._train, self.seed, 0, int(i))
+            height, width = (np.array([side]) for side in image.shape[:2])
+            params = [sample(view, Draws(self.seed, 0, i, n), height, width) for n, view in enumerate(self.views)]
+            views = [apply(view, drawn.row(0), image) for view, drawn in zip(self.views, params, strict=True)]
+            rows.append([clean(image, views[0].shape[-1]), *views])
+        return rows
+
     def set_position(self, epoch: int, batch: int) -> None:
         """Let the next `train_dataloader` begin at this batch of this epoch."""
         self._position = Position(epoch, batch)
@@ -186,12 +206,12 @@ def _read(source: Source, bad: BadImages) -> Source:
     return source
 
 
-def _selection(config: DataConfig, labels: np.ndarray) -> np.ndarray:
-    chosen = np.arange(len(labels))
+def _selection(config: DataConfig, labels: np.ndarray, labelled: bool) -> np.ndarray:
+    chosen = np.flatnonzero(labels >= 0) if labelled and (labels >= 0).any() else np.arange(len(labels))
     if config.train_size is not None:
-        if config.train_size > len(labels):
-            raise ConfigError(f"data.train_size={config.train_size} is more than the {len(labels)} training images")
-        chosen = stratified(labels, config.train_size, first=True)
+        if config.train_size > len(chosen):
+            raise ConfigError(f"data.train_size={config.train_size} is more than the {len(chosen)} training images")
+        chosen = chosen[stratified(labels[chosen], config.train_size, first=True)]
     if config.fraction < 1:
         count = max(1, round(config.fraction * len(chosen)))
         chosen = chosen[stratified(labels[chosen], count, first=False)]
@@ -212,9 +232,17 @@ def _spec(row: DatasetSpec, config: DataConfig, source: Source) -> DatasetSpec:
     return dataclasses.replace(row, **changes)
 
 
-def _check_classes(train: Source, val: Source | None) -> None:
-    if val is None or not train.classes or not val.classes or train.classes == val.classes:
-        return
+def _judges(train: Source, val: Source | None) -> Source | None:
+    """The validation images, unless they have no labels while the training images have.
+
+    Raises:
+        ConfigError: they have other classes.
+    """
+    if val is None or not train.classes or train.classes == val.classes:
+        return val
+    if not val.classes:
+        warn(f"the validation images have no labels to judge by, so they are not used (the first: {val.name(0)})")
+        return None
     only = [
         f"only in {part}: {', '.join(sorted(set(a) - set(b))[:5])}"
         for part, a, b in (("training", train.classes, val.classes), ("validation", val.classes, train.classes))

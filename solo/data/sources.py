@@ -1,7 +1,6 @@
 """Where images come from: memory, a folder, a file of encoded images, a torchvision dataset."""
 
 import io
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -11,10 +10,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from solo.console import say, warn
 from solo.data.random import integers
 from solo.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 MAX_PIXELS = 80_000_000
@@ -175,8 +173,9 @@ class FolderSource:
     """Image files below a folder.
 
     The sub-folders of ``root`` are the classes when every image lies in one of them, in sorted order; when images lie
-    in ``root`` itself or only deeper than its sub-folders, or with ``labelled=False``, no image has a label. Files
-    that are not images by their extension are left out and counted.
+    in ``root`` itself or only deeper than its sub-folders, or with ``labelled=False``, no image has a label. A warning
+    says why labels are not read although there are sub-folders. Files that are not images by their extension are left
+    out and counted.
 
     Raises:
         ConfigError: the folder is missing, is a file, or holds no images; ``key`` names the setting.
@@ -190,14 +189,16 @@ class FolderSource:
             found = _kinds(self.ignored)
             raise ConfigError(f"{key}={root}: no images there{found}; give a folder of {_extension_list()} files")
         if self.ignored:
-            log.info("%s: %d files that are not images ignored%s", root, sum(self.ignored.values()), _kinds(self.ignored))
+            say(f"{root}: {sum(self.ignored.values())} files that are not images ignored{_kinds(self.ignored)}")
         first = [path.split("/", 1)[0] for path in self._files]
-        holders = {path.rsplit("/", 1)[0] for path in self._files if "/" in path}
-        labelled = labelled and all("/" in path for path in self._files) and set(first) <= holders
+        obstacle = _without_classes(self._files) if labelled else None
+        labelled = labelled and "/" in self._files[0] and obstacle is None
         self.classes = sorted(set(first)) if labelled else []
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[name] if labelled else -1 for name in first], dtype=np.int64)
-        log.info("%s: %d images, %s", root, len(self), f"{len(self.classes)} classes" if labelled else "without labels")
+        say(f"{root}: {len(self)} images, {f'{len(self.classes)} classes' if labelled else 'without labels'}")
+        if obstacle is not None:
+            warn(f"{key}={root}: no image gets a label, because {obstacle}; data.no_labels=true says that this is meant")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -207,6 +208,23 @@ class FolderSource:
 
     def name(self, i: int) -> str:
         return str(self.root / self._files[i])
+
+
+def _without_classes(files: list[str]) -> str | None:
+    """Why folders that look like classes are none, or ``None``: every image is in a class, or there are no folders."""
+    loose = [path for path in files if "/" not in path]
+    holders = {path.rsplit("/", 1)[0] for path in files if "/" in path}
+    deep = [path for path in files if "/" in path and path.split("/", 1)[0] not in holders]
+    if loose and holders:
+        return f"{len(loose)} lie beside the folders ({loose[0]})"
+    if deep:
+        return f"{deep[0].split('/', 1)[0]} holds images further down only ({deep[0]}): classes are the folders right below"
+    return None
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether an image file lies in ``folder`` itself or somewhere below."""
+    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def check_directory(path: Path, key: str) -> None:
@@ -231,12 +249,19 @@ def _image_files(root: Path) -> tuple[list[str], Counter[str]]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS and not name.startswith("."):
+            if _is_image(name):
                 files.append(Path(folder, name).relative_to(root).as_posix())
             else:
-                ignored[extension or name] += 1
+                ignored[_extension(name) or name] += 1
     return sorted(files), ignored
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name) in EXTENSIONS and not name.startswith(".")
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _kinds(ignored: Counter[str]) -> str:

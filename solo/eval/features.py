@@ -62,9 +62,10 @@ def extract(backbone: nn.Module, loader: Iterable[Batch], device: torch.device |
     features: list[Tensor] = []
     labels: list[Tensor] = []
     index: list[Tensor] = []
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)       # 16 bits after precision=bf16-true
     with frozen(backbone):
         for batch in loader:
-            features.append(backbone(batch.views[0].to(device, non_blocking=True)).float().cpu())       # [B, D]
+            features.append(backbone(batch.views[0].to(device, dtype, non_blocking=True)).float().cpu())  # [B, D]
             labels.append(batch.labels.cpu())
             index.append(batch.index.cpu())
     rows = [torch.cat(part) for part in (features, labels, index)]

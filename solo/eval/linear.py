@@ -21,6 +21,7 @@ from solo.dist import all_reduce
 from solo.errors import DataError
 from solo.eval.features import Features
 from solo.optim import OptimizerConfig
+from solo.precision import full_precision
 from solo.schedules import SchedulerConfig, learning_rate
 
 
@@ -38,11 +39,13 @@ def linear_accuracy(train: Features, test: Features, num_classes: int, *, regula
         ``{"acc1", "acc5"}`` in percent; acc5 counts min(5, num_classes) guesses.
 
     Raises:
-        DataError: the train labels are of fewer than two classes.
+        DataError: the train labels are of fewer than two classes, or there is no test label.
     """
     train, test = train.labelled(), test.labelled()
     if len(train.labels.unique()) < 2:
         raise DataError("a linear probe needs train labels of at least two classes")
+    if not len(test.labels):
+        raise DataError("a linear probe needs labelled test images, and none has a label")
     scaler = StandardScaler().fit(train.features.numpy())
     model = LogisticRegression(C=1 / (regularisation * train.features.shape[1]), max_iter=200, tol=1e-3)
     model.fit(scaler.transform(train.features.numpy()), train.labels.numpy())
@@ -51,6 +54,9 @@ def linear_accuracy(train: Features, test: Features, num_classes: int, *, regula
     scores[:, torch.from_numpy(model.classes_)] = torch.from_numpy(probabilities).double()
     first, five = _right(scores, test.labels)
     return {"acc1": 100 * float(first) / len(test.labels), "acc5": 100 * float(five) / len(test.labels)}
+
+
+_linear = full_precision(F.linear)
 
 
 def _right(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +132,11 @@ class Classifier(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] of images."""
-        return self.head(self.backbone(x))
+        return self.logits(self.backbone(x))
+
+    def logits(self, feats: Tensor) -> Tensor:
+        """Logits [B, C] of features [B, D], in float32 also under autocast: 16 bits tie classes."""
+        return _linear(feats, self.head.weight, self.head.bias)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         x, labels = batch.views[0], batch.labels
@@ -139,11 +149,12 @@ class Classifier(pl.LightningModule):
         self.backbone.train(self.config.finetune)
         with torch.set_grad_enabled(self.config.finetune):
             feats = self.backbone(x)                                                                # [B, D]
-        logits = self.head(feats)                                                                   # [B, C]
+        logits = self.logits(feats)                                                                 # [B, C]
         smoothing = self.config.label_smoothing if self.mixup is None else 0.0                      # else it is in targets
         loss = F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
-        count = (labels >= 0).sum().clamp(min=1)
-        return {"loss": loss / count, "feats": feats.detach(), "acc1": 100 * (logits.argmax(1) == labels).sum() / count}
+        count = (labels >= 0).sum()
+        acc1 = 100 * (logits.argmax(1) == labels).sum() / count                                     # NaN without a label
+        return {"loss": loss / count.clamp(min=1), "feats": feats.detach(), "acc1": acc1}
 
     def on_validation_epoch_start(self) -> None:
         self._hits = torch.zeros(3, device=self.device)

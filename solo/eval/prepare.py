@@ -27,14 +27,14 @@ def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
 
 
 def data_module(source: Pretrained, config: DataConfig, views: Sequence[View], batch_size: int, seed: int = 5) -> DataModule:
-    """Images that fit the backbone and have labels to be judged by.
+    """Images that fit the backbone and have labels to be judged by; training images without one are left out.
 
     Raises:
         ConfigError: there is no validation part, no label, or another number of channels.
     """
     if not views and source.image_size:
         config = dataclasses.replace(config, size=config.size or source.image_size)
-    data = DataModule(config, views, batch_size, seed)
+    data = DataModule(config, views, batch_size, seed, labelled=True)
     problems = []
     if data.spec.classes < 2:
         problems.append(f"data.dataset={config.dataset} has {data.spec.classes} classes: accuracy needs labels of at least 2")

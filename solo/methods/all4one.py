@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from positional_encodings.torch_encodings import PositionalEncodingPermute1D
 from torch import Tensor, nn
 
 from solo.batch import Batch
 from solo.losses import all4one_loss_func
 from solo.methods.base import METHODS, Method
-from solo.nn import Momentum, Queue, Teacher, mlp, neighbour_accuracy
+from solo.nn import Momentum, Queue, Teacher, mlp, neighbour_accuracy, unit
 
 
 @METHODS.register("all4one")
@@ -73,7 +72,7 @@ class All4One(Method):
         f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
         z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
         p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, D]
-        m1, m2 = (F.normalize(self.teacher(x), dim=-1) for x in batch.views)    # [B, D], constants
+        m1, m2 = (unit(self.teacher(x)) for x in batch.views)                   # [B, D], constants
 
         k = self.config.neighbours
         (n1, y1), (n2, _) = self.queue.nearest(m1, k), self.queue.nearest(m2, k)  # [B, k, D], [B, k]

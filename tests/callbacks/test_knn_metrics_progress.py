@@ -7,6 +7,7 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from solo.callbacks.health import Health, HealthConfig
 from solo.callbacks.knn import KNNCallback, KNNConfig
@@ -15,7 +16,7 @@ from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
-from tests.callbacks.toy import CLASSES, ToyData, batches, fit
+from tests.callbacks.toy import CLASSES, Toy, ToyData, batches, fit
 
 
 def test_knn_is_the_offline_number_and_changes_nothing():
@@ -36,12 +37,24 @@ def test_knn_every_n_epochs_and_after_the_last(monkeypatch):
     assert calls == [{"train": True, "limit": 7}] * 3  # epochs 2, 4 and 5
 
 
-def test_knn_without_labels_says_so_once(monkeypatch, caplog):
-    blind = [batch._replace(labels=torch.full_like(batch.labels, -1)) for batch in batches()]
-    monkeypatch.setattr(ToyData, "clean_loader", lambda self, **kwargs: iter(blind))
+@pytest.mark.parametrize("part, method", [("train", "clean_loader"), ("validation", "val_dataloader")])
+def test_knn_without_labels_says_so_once(part, method, monkeypatch, caplog):
+    blind = [batch._replace(labels=torch.full_like(batch.labels, -1)) for batch in batches(1)]
+    monkeypatch.setattr(ToyData, method, lambda self, **kwargs: DataLoader(blind, batch_size=None))
     _, trainer = fit([KNNCallback(CLASSES)])
-    assert caplog.text.count("no train image has a label") == 1
+    assert caplog.text.count(f"no {part} image has a label") == 1
     assert "val/knn@20" not in trainer.callback_metrics
+
+
+def test_batches_without_labels_do_not_pull_an_accuracy_down():
+    class Sometimes(Toy):
+        def training_step(self, batch, batch_idx):
+            never, seldom = torch.tensor(float("nan")), torch.tensor(float("nan") if batch_idx % 3 else 50.0)
+            return {**super().training_step(batch, batch_idx), "seldom_acc": seldom, "never_acc": never}
+
+    metrics = MetricsLogger()
+    fit([metrics], Sometimes(), max_epochs=1)
+    assert metrics.last["seldom_acc"] == 50 and "never_acc" not in metrics.last
 
 
 def test_extract_restores_modes_and_dataset_order():

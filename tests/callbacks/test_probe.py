@@ -1,5 +1,7 @@
 """The probe learns, resumes bit for bit, and leaves the backbone alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,7 +64,38 @@ def test_a_batch_without_labels_changes_nothing():
     p = probe()
     before = p.state_dict()
     scalars = p.update(torch.randn(4, 6), torch.full((4,), -1), 0.3)
-    assert scalars["probe_loss"] == 0 and all(torch.equal(before[name], value) for name, value in p.state_dict().items())
+    assert scalars["probe_loss"].isnan() and scalars["probe_acc1"].isnan()
+    assert all(torch.equal(before[name], value) for name, value in p.state_dict().items())
+
+
+def test_rate_is_half_a_cosine_over_the_run():
+    class Watched(OnlineProbe):
+        def update(self, feats, labels, lr):
+            rates.append(lr)
+            return super().update(feats, labels, lr)
+
+    rates = []
+    fit([Watched(dim=6, num_classes=CLASSES, lr=0.5)], max_epochs=2)
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 12)) for t in range(12)])
+
+
+def test_images_without_a_label_are_neither_right_nor_counted():
+    """A head that is always right has 100 % of the labelled images, in training and in validation."""
+
+    class Knowing(Toy):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {**outputs, "feats": torch.eye(6)[batch.labels.clamp(min=0)]}
+
+        def validation_step(self, batch, batch_idx):
+            return {"feats": torch.eye(6)[batch.labels.clamp(min=0)], "labels": batch.labels}
+
+    p = probe(lr=1e-9)
+    with torch.no_grad():
+        p.head.weight.copy_(torch.eye(6)[:CLASSES])
+        p.head.bias.zero_()
+    _, trainer = fit([p], Knowing(), max_epochs=1)
+    assert trainer.callback_metrics["val/probe_acc1"] == 100 and p.step_scalars["probe_acc1"] == 100
 
 
 def test_half_precision_features_are_read_as_float32():

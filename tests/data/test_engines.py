@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from solo.data.config import DataConfig
 from solo.data.engines import Job, Slot, fast
@@ -174,3 +175,15 @@ def test_global_generators_are_left_alone() -> None:
     list(TorchvisionEngine(job(num_workers=0)).batches(PLAN))
     list(FastEngine(job()).batches(PLAN))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.1, 2.0])
+def test_blur_is_the_whole_gaussian(sigma: float) -> None:
+    """scipy's, eight standard deviations wide; what is cut off at three weighs less than half a percent."""
+    view = View(crop_size=SIZE, rrc=WHOLE, gaussian_blur=Chance(prob=1.0))
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    params = sample(view, Draws(1, 0, np.arange(1), 0), np.array([SIZE]), np.array([SIZE]))
+    params = dataclasses.replace(params, sigma=np.array([sigma]))
+    blurred = gaussian_filter(image / 255, (sigma, sigma, 0), mode="mirror", truncate=8)
+    found = reference.apply(view, params.row(0), image).permute(1, 2, 0).numpy()
+    assert np.abs(found - blurred).max() < 0.005

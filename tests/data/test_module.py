@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
 from solo.batch import Batch
 from solo.data import module as module_file
 from solo.data.datasets import DATASETS
 from solo.data.engines import Slot
+from solo.data.engines.torchvision import clean
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
-from solo.data.sources import ArraySource, FolderSource
+from solo.data.sources import ArraySource, FolderSource, convert_channels
 from solo.data.subsets import stratified
 from solo.data.views import Crop, View
+from solo.errors import ConfigError
 from tests.data.common import full_view, make_folder, picture
 
 
@@ -76,9 +80,18 @@ def test_grey_images_end_to_end(dataset: str, engine: str, tmp_path: Path) -> No
     path = str(tmp_path) if dataset == "image_folder" else None
     data = module(dataset=dataset, train_path=path, engine=engine, in_chans=1, num_workers=0)
     assert data.spec.in_chans == len(data.spec.mean) == len(data.spec.std) == 1
+    if dataset == "image_folder":
+        assert (data.spec.mean, data.spec.std) == ((pytest.approx(1.347 / 3),), (pytest.approx(0.678 / 3),))  # of R, G, B
     batch = next(iter(data.train_dataloader()))
     assert batch.views[0].shape == (16, 1, 32, 32) and batch.views[0].isfinite().all()
     assert next(iter(data.clean_loader(train=True))).views[0].shape == (16, 1, 32, 32)
+
+
+def test_grey_is_pillows() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    assert np.array_equal(convert_channels(pixels, 1)[..., 0], np.asarray(Image.fromarray(pixels).convert("L")))
+    grey = pixels[..., :1]
+    assert np.array_equal(convert_channels(grey, 3), np.asarray(Image.fromarray(grey[..., 0]).convert("RGB")))
 
 
 # Folders
@@ -96,6 +109,79 @@ def test_labelled_folder(tmp_path: Path) -> None:
         data = module(4, dataset="image_folder", train_path=str(root), no_labels=False)
         assert len(data._train) == 9 and data.spec.classes == 2
         assert sum(len(batch.index) for batch in data.val_dataloader()) == 3
+
+
+SPLIT = {"train/a": 4, "train/b": 4}
+
+
+@pytest.mark.parametrize(
+    ("folders", "chosen"),
+    [
+        ({**SPLIT, "test/a": 1, "test/b": 1}, "test"),
+        ({**SPLIT, "valid/a": 1, "valid/b": 1, "test/a": 3, "test/b": 3}, "valid"),
+        ({**SPLIT, "validation/a": 1, "validation/b": 1}, "validation"),
+        ({**SPLIT, "val/a": 1, "val/b": 1, "test/a": 3, "extra": 2}, "val"),
+    ],
+)
+@pytest.mark.parametrize("below", ["", "train"])
+def test_split_folder(below: str, folders: dict, chosen: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, folders)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no image")
+    data = module(4, dataset="image_folder", train_path=str(tmp_path / below))
+    assert len(data.selected) == 8 and data.spec.classes == 2
+    assert sorted(label for batch in data.val_dataloader() for label in batch.labels.tolist()) == [0, 1]
+    assert data._val.name(0).startswith(f"{tmp_path / chosen}/") and not caplog.records
+
+
+def test_train_and_test_among_other_folders_are_classes(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"train": 4, "test": 4, "plane": 4})
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    assert data.spec.classes == 3 and len(data.selected) == 12 and data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_of_two_folders_to_validate_on_one_must_be_named(below: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, {**SPLIT, "valid/a": 1, "validation/a": 1, "validation/b": 1})
+    where = {"dataset": "image_folder", "train_path": str(tmp_path / below)}
+    with pytest.raises(ConfigError) as caught:
+        module(4, **where)
+    assert str(caught.value) == f"{tmp_path} holds valid and validation: name one, data.val_path=..."
+    data = module(4, **where, val_path=str(tmp_path / "validation"))
+    assert len(data.selected) == 8 and len(data.val_dataloader()) == 1
+
+
+def test_a_test_folder_without_labels_judges_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, {**SPLIT, "test": 3})
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    assert data.spec.classes == 2 and data.val_dataloader() == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the validation images have no labels to judge by, so they are not used (the first: {tmp_path}/test/0000.png)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "why"),
+    [
+        ({"cat": 4, "dog": 4, ".": 1}, "1 lie beside the folders (0000.png)"),
+        ({"train/cat": 4, "train/dog": 4}, "train holds images further down only (train/cat/0000.png)"),
+        ({"cat": 4, "dog/big": 4}, "dog holds images further down only (dog/big/0000.png)"),
+        ({".": 8}, None),
+        ({"cat": 8}, None),
+    ],
+)
+def test_labels_are_not_lost_in_silence(
+    folders: dict, why: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, folders)
+    data = module(4, dataset="image_folder", train_path=str(tmp_path))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (why is not None)
+    if why is not None:
+        assert data.spec.classes == 0 and why in told[0] and "\n" not in told[0]
+        assert told[0].startswith(f"data.train_path={tmp_path}: no image gets a label") and "data.no_labels=true" in told[0]
+    caplog.clear()
+    assert module(4, dataset="image_folder", train_path=str(tmp_path), no_labels=True).spec.classes == 0 and not caplog.records
 
 
 @pytest.mark.parametrize("layout", ["flat", "nested", "asked"])
@@ -239,3 +325,16 @@ def test_evaluation_needs_no_views() -> None:
     data = module(8, [], dataset="fake", size=20, classes=3)
     assert data.spec.size == 20 and data.spec.classes == 3
     assert next(iter(data.val_dataloader())).views[0].shape == (8, 3, 20, 20)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(300, 400, 224), (500, 260, 224), (224, 224, 224), (120, 110, 96)])
+def test_clean_images_are_the_published_resize_and_centre_crop(height: int, width: int, size: int) -> None:
+    """Shorter side 256 for 224 pixels, then the middle (solo-learn's validation transform), here bicubic."""
+    image = picture(0, height, width)
+    if height != size:
+        side = {224: 256, 96: 110}[size]
+        steps = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
+        expected = steps(torch.from_numpy(image).permute(2, 0, 1).float() / 255).clamp(0, 1)
+    else:
+        expected = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    torch.testing.assert_close(clean(image, size), expected, rtol=0, atol=1e-6)

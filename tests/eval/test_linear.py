@@ -1,5 +1,6 @@
 """The quick probe, the published protocol, and the command."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -15,7 +16,9 @@ from solo import backbones, checkpoint
 from solo.backbones import BackboneConfig
 from solo.batch import Batch
 from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
+from solo.data.sources import ArraySource
 from solo.errors import ConfigError, DataError
 from solo.eval.features import Features
 from solo.eval.linear import Classifier, LinearConfig, linear_accuracy
@@ -49,6 +52,32 @@ def test_quick_probe_learns_and_masks():
     assert linear_accuracy(two, Features(test.features, test.labels.clamp(max=1)), 2)["acc1"] > 97
     with pytest.raises(DataError, match="two classes"):
         linear_accuracy(Features(train.features, torch.full((200,), -1)), test, 4)
+    with pytest.raises(DataError, match="labelled test images"):
+        linear_accuracy(train, Features(test.features, torch.full((80,), -1)), 4)
+
+
+def test_quick_probe_is_the_minimum_of_its_objective():
+    """Summed cross-entropy plus half of 0.03 D |W|^2 on standardised features, minimised in float64 by torch."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(10, 10, generator=generator) * torch.logspace(-2, 1, 10)
+    noisy = [Features((f.features + 2 * torch.randn(f.features.shape, generator=generator)) @ mixing + 5, f.labels)
+             for f in (separable(300, 0), separable(1000, 1))]
+    mean, std = noisy[0].features.double().mean(0), noisy[0].features.double().std(0, correction=0)
+    train, test = ((f.features.double() - mean) / std for f in noisy)
+    weight, bias = torch.zeros(10, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    solver = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=500, line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        fit = nn.functional.cross_entropy(train @ weight + bias, noisy[0].labels, reduction="sum")
+        loss = fit + 0.03 * 10 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    expected = 100 * ((test @ weight + bias).argmax(1) == noisy[1].labels).double().mean().item()
+    assert 40 < expected < 90
+    assert linear_accuracy(*noisy, 4)["acc1"] == pytest.approx(expected, abs=0.5)
 
 
 def train_toy(backbone: nn.Module | None = None, **changes) -> Classifier:
@@ -104,6 +133,40 @@ def test_label_smoothing_counts_without_mixup():
         expected = nn.functional.cross_entropy(logits[keep], batch.labels[keep], label_smoothing=smoothing)
         torch.testing.assert_close(losses[-1], expected)
     assert losses[0] != losses[1]
+
+
+def test_images_without_a_label_are_neither_right_nor_counted():
+    class Knowing(nn.Module):
+        num_features = 3
+
+        def forward(self, x):
+            return torch.eye(3)[x[:, 0, 0, 0].long()]
+
+    model = Classifier(Knowing(), 3, LinearConfig(checkpoint="-"))
+    with torch.no_grad():
+        model.head.weight.copy_(torch.eye(3))
+        model.head.bias.zero_()
+    labels = torch.tensor([0, 1, 2, -1, -1, 2])
+    x = labels.clamp(min=0).float().view(-1, 1, 1, 1)
+    model.on_validation_epoch_start()
+    for known in (labels, torch.full_like(labels, -1)):
+        model.validation_step(Batch([x], known, torch.arange(6)), 0)
+    assert model._hits.tolist() == [4, 4, 4]
+    assert model.training_step(Batch([x], labels, torch.arange(6)), 0)["acc1"] == 100
+    assert model.training_step(Batch([x], torch.full_like(labels, -1), torch.arange(6)), 0)["acc1"].isnan()
+
+
+def test_only_labelled_images_are_trained_on(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    images, labels = np.zeros((120, 16, 16, 3), np.uint8), np.arange(120) % 3
+    labels[30:] = -1                                            # as STL-10: most images have no label
+    few = dataclasses.replace(DATASETS["fake"], open=lambda config, train: ArraySource(images, labels, ["a", "b", "c"]))
+    monkeypatch.setitem(DATASETS._rows, "fake", few)
+    request = {"checkpoint": str(run), "data": {"train_size": None}, **QUICK, "max_epochs": 1}
+    evaluate_linear(request, TRAINER_ARGUMENTS)
+    section = json.loads((run / "results.json").read_text())["linear"]
+    assert "30 labelled train images" in section["protocol"]
+    assert json.loads((run / section["indices"]).read_text()) == list(range(30))
 
 
 def test_config_refuses_all_at_once():

@@ -11,11 +11,14 @@ from solo.backbones import BackboneConfig
 from solo.data.config import DataConfig
 from solo.data.module import DataModule
 from solo.data.views import Chance, View
-from solo.errors import ConfigError
+from solo.errors import ConfigError, DataError
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from solo.eval.offline import evaluate_knn
-from solo.eval.report import Pixels, ReportConfig, embedding, history, report, views_sheet
+from solo.eval.report import Pixels, ReportConfig, embedding, history, report
+from solo.run import main
+from solo.testing import tiny
+from tests.data.common import make_folder
 from tests.eval.runs import FAKE, NARROW, make_run
 
 
@@ -87,9 +90,53 @@ def test_report_without_logs_labels_or_validation(tmp_path, data, monkeypatch):
 
 
 def test_sheet_shows_each_image_beside_its_own_views(data):
-    sheet = views_sheet(data, 4)
+    sheet = data.sheet(4)
     assert len(sheet) == 4 and all(len(row) == 3 for row in sheet)
     assert all(image.shape == (3, 16, 16) and 0 <= image.min() and image.max() <= 1 for row in sheet for image in row)
+
+
+def test_sheet_shows_what_training_saw(data):
+    batch = next(iter(data.train_dataloader()))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.spec.mean, data.spec.std))
+    sheet = data.sheet(len(data.selected))
+    for i, *views in zip(batch.index, *batch.views, strict=True):
+        for seen, shown in zip(views, sheet[i][1:], strict=True):
+            torch.testing.assert_close(seen * std + mean, shown, atol=2e-3, rtol=0)
+
+
+def run_on(images, tmp_path):
+    """A whole run on a folder of 16-pixel images, as the command makes it."""
+    content = tiny("nnclr", tmp_path / "runs", report={"enabled": True, "points": 20}, max_epochs=1)
+    content["data"] = {"dataset": "image_folder", "train_path": str(images), "num_workers": 0}
+    main(content)
+
+
+def test_damaged_images_do_not_end_a_finished_run(tmp_path, caplog):
+    paths = make_folder(tmp_path / "images" / "train", {"a": 80, "b": 80}, size=(16, 16))
+    make_folder(tmp_path / "images" / "val", {"a": 8, "b": 8}, size=(16, 16), start=500)
+    paths[0].write_bytes(b"damaged")                            # the first one the sheet of views asks for
+    with caplog.at_level("INFO", logger="solo"):
+        run_on(tmp_path / "images", tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "report.png").exists() and "comparison" in (run / "results.json").read_text()
+    assert f"checkpoint: {run / 'last.ckpt'}" in caplog.text and "report has no" not in caplog.text
+
+
+def test_a_report_that_fails_is_a_line_and_no_end(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path / "images" / "train", {"a": 8, "b": 8}, size=(16, 16))
+    make_folder(tmp_path / "images" / "val", {"a": 4, "b": 4}, size=(16, 16), start=500)
+
+    def fail(*_args):
+        raise DataError("no\nluck")
+
+    for part in ("comparison", "draw"):
+        monkeypatch.setattr(f"solo.eval.report.{part}", fail)
+    with caplog.at_level("INFO", logger="solo"):
+        run_on(tmp_path / "images", tmp_path)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    reason = "(DataError: no luck); the run itself is whole"
+    assert told == [f"the report has no {part} {reason}" for part in ("comparison", "picture")]
+    assert "checkpoint: " in caplog.text
 
 
 def test_pixels_are_small_and_embedding_is_flat():
