@@ -80,4 +80,5 @@ def test_uncounted_images_and_empty_classes():
     labels = torch.tensor([[0, -1], [1, -1], [-1, 0]])
     first, second = per_class(ap_step, scores, labels)
     assert first == 1.0 and math.isnan(second) and mean_ap(ap_step, scores, labels) == 1.0
-    assert ap_step_micro(scores, labels) == ap_step(torch.tensor([0.1, 0.8, 0.2, 0.7]), torch.tensor([False, True, False, False]))
+    known = torch.tensor([0.1, 0.8, 0.2, 0.7]), torch.tensor([False, True, False, False])
+    assert ap_step_micro(scores, labels) == ap_step(*known)
