@@ -42,6 +42,7 @@ HOMES = {
     "numba": ("data/", "kernels/"),
     "nvidia": "data/engines/dali.py",
     "wandb": "run.py",
+    "umap": "eval/umap.py",
 }
 
 
