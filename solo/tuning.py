@@ -158,7 +158,7 @@ def _rate(method: Method, batches: "_Batches", arguments: dict[str, Any]) -> tup
     assert finder is not None
     rate = finder.suggestion()
     if rate is None:
-        raise NumericsError(f"auto_lr: the loss is not finite at rates from {low:g} on: give optimizer.lr")
+        raise NumericsError(f"auto_lr: too few rates from {low:g} on leave the loss finite: give optimizer.lr")
     judged = finder.results["lr"][10:-1]
     return float(rate), rate in (judged[0], judged[-1])
 
@@ -199,7 +199,8 @@ class _Trial(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         optimizer = self.method.configure_optimizers()
         own = {name for name, options in self.method.param_options().items() if "lr" in options}
-        self._fixed = [(group, group["lr"]) for group in optimizer.param_groups if group["name"].split("_no_decay")[0] in own]
+        groups = [group for group in optimizer.param_groups if group["name"].removesuffix("_no_decay") in own]
+        self._fixed = [(group, group["lr"]) for group in groups]
         return optimizer
 
     def on_train_start(self) -> None:

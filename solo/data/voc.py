@@ -98,10 +98,10 @@ def _find(root: Path) -> Path:
 
 def _names(folder: Path, split: str) -> list[str]:
     """The images of a split, each once; a line may go on with VOC's -1, 0 or 1 of one class, which is not used."""
-    lists = [path for kind in ("Main", "Layout") for path in sorted((folder / "ImageSets" / kind).glob("*.txt"))]
-    path = next((path for path in lists if path.stem == split), None)
+    found = [path for kind in ("Main", "Layout") for path in sorted((folder / "ImageSets" / kind).glob("*.txt"))]
+    path = next((path for path in found if path.stem == split), None)
     if path is None:
-        there = ", ".join(dict.fromkeys(path.stem for path in lists)) or "none"
+        there = ", ".join([path.stem for path in found if "_" not in path.stem]) or "none"     # aeroplane_train is one class's
         raise ConfigError(f"no split {split} in {folder / 'ImageSets'} (there: {there})")
     names = list(dict.fromkeys(line.split()[0] for line in path.read_text("utf-8", "replace").splitlines() if line.strip()))
     if strange := [name for name in names if "/" in name or "\\" in name or name.startswith(".")]:

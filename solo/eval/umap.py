@@ -22,7 +22,7 @@ from solo.export import load
 
 
 @dataclass(kw_only=True)
-class UMAPConfig:
+class UMAPEvaluation:
     """Which checkpoint, on which images, and UMAP's own ``neighbors``, ``min_dist`` and ``metric``.
 
     ``max_images`` bounds the images of each part, evenly spread (null: all). ``backbone``, ``data``, ``output``,
@@ -55,7 +55,7 @@ def evaluate_umap(values: dict[str, Any]) -> dict[str, np.ndarray]:
     """Fit the map to the train images, place the validation images into it, write ``umap.png`` and ``umap.npz``.
 
     Args:
-        values: keys of `UMAPConfig`.
+        values: keys of `UMAPEvaluation`.
 
     Returns:
         What the file holds: ``train`` [N, 2] and ``train_labels`` [N], and ``val``, ``val_labels`` where there are such.
@@ -65,7 +65,7 @@ def evaluate_umap(values: dict[str, Any]) -> dict[str, np.ndarray]:
         EnvironmentFault: umap-learn is not installed.
         DataError: too few images.
     """
-    config = bind(UMAPConfig, values)
+    config = bind(UMAPEvaluation, values)
     source = load(config.checkpoint, config.backbone)
     if find_spec("umap") is None:
         raise EnvironmentFault("main_umap.py needs the package umap-learn: pip install 'solo-ssl[umap]'")
@@ -95,7 +95,7 @@ def evaluate_umap(values: dict[str, Any]) -> dict[str, np.ndarray]:
     return content
 
 
-def embed(config: UMAPConfig, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def embed(config: UMAPEvaluation, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Points [N, 2] of each part's features [N, D]; the first part makes the map, the others are placed into it.
 
     Raises:

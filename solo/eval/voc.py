@@ -94,42 +94,41 @@ def evaluate_voc(values: dict[str, Any]) -> list[dict[str, Any]]:
     """
     config = bind(VOCEvaluation, values)
     source = load(config.checkpoint, config.backbone)
-    images = _images(config, source)
+    data = _shown(config, source)
+    images = _images(config, source, data)
     for line in _remarks(config, images):
         say(line)
     rows = [*_svms(config.svm, images, config.seed), _head(config.head, images)]
     protocol = (f"frozen features of clean images; cost C and weight decay wd chosen by ap_area on {len(images.val.labels)} "
-                f"validation images; "
-                f"all images: {len(images.train.labels) + len(images.val.labels)} train and validation images; "
-                f"difficult: {config.difficult}; scores on {len(images.test.labels)} images of split {config.test}")
+                f"validation images; all images: {len(images.train.labels) + len(images.val.labels)} train and validation "
+                f"images; difficult: {config.difficult}; scores on {len(images.test.labels)} images of split {config.test}")
     show(f"average precision in % · {config.checkpoint}", ["classifier", "shots", "chosen", *METRICS],
          [_cells(row) for row in rows], protocol)
     path = record(Path(config.output) if config.output else run_directory(source.path), "voc", {
         "metric": "average precision in percent; ap_11point and ap_area are means over classes, ap_step_micro is one list",
         "protocol": protocol, "classes": images.classes, "results": rows,
         "checkpoint": str(source.path), "checkpoint_sha256": source.sha256,
-        "config": {**plain(config), "backbone": plain(source.config)},
+        "config": {**plain(config), "backbone": plain(source.config), "data": {key: getattr(data, key) for key in _SHOWN}},
     })
     say(f"results: {path}")
     return rows
 
 
-def _images(config: VOCEvaluation, source: Pretrained) -> Images:
+def _images(config: VOCEvaluation, source: Pretrained, data: DataConfig) -> Images:
     """Every split through the backbone, once."""
     splits = [config.train, config.test, *([config.val] if config.val else [])]
     if len(set(splits)) < len(splits):
         raise ConfigError(f"train, val and test must be different splits, got {', '.join(splits)}: "
                           f"val=null takes a fifth of train for val")
-    data = bind(DataConfig, {**source.experiment.get("data", {"dataset": "imagenet"}), **config.data}, "data")
-    statistics = _statistics(data, source.in_chans)
-    size = config.data.get("size") or source.image_size or 224
+    assert data.size and data.mean and data.std
+    size, mean, std = data.size, tuple(data.mean), tuple(data.std)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = source.backbone.to(device)
 
     def rows(part: VOCSource) -> Rows:
         probe(part)
         bad = BadImages(part, data.max_bad_fraction, fate="left out")
-        loader = CleanLoader(part, config.batch_size, size, *statistics, bad, 0, 1, data.num_workers, data.timeout)
+        loader = CleanLoader(part, config.batch_size, size, mean, std, bad, 0, 1, data.num_workers, data.timeout)
         features, position = extract(backbone, loader, device)
         labels = torch.from_numpy(part.targets)[position].long()                                    # [N, C]
         return Rows(features, torch.where(labels == 0, _DIFFICULT[config.difficult], labels))
@@ -145,16 +144,17 @@ def _images(config: VOCEvaluation, source: Pretrained) -> Images:
     return Images(train, val, test, sources[0].classes)
 
 
-def _statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels, one value for a grey backbone."""
-    found = []
+def _shown(config: VOCEvaluation, source: Pretrained) -> DataConfig:
+    """How images are shown: as asked, else as in training, else at 224 px with ImageNet's statistics; all filled in."""
+    data = bind(DataConfig, {**source.experiment.get("data", {"dataset": "imagenet"}), **config.data}, "data")
+    data.size = config.data.get("size") or source.image_size or 224
     for name in ("mean", "std"):
-        given = getattr(data, name)
-        if given is not None and len(given) != in_chans:
-            raise ConfigError(f"data.{name} must have {in_chans} values, one per channel, got {len(given)}")
-        published = getattr(DATASETS[data.dataset], name)
-        found.append(tuple(given or (published if len(published) == in_chans else [fmean(published)] * in_chans)))
-    return found[0], found[1]
+        given, published = getattr(data, name), getattr(DATASETS[data.dataset], name)
+        if given is not None and len(given) != source.in_chans:
+            raise ConfigError(f"data.{name} must have {source.in_chans} values, one per channel, got {len(given)}")
+        fitting = list(published) if len(published) == source.in_chans else [fmean(published)] * source.in_chans
+        setattr(data, name, given or fitting)
+    return data
 
 
 def _remarks(config: VOCEvaluation, images: Images) -> list[str]:

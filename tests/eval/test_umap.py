@@ -12,7 +12,7 @@ from PIL import Image
 from solo import checkpoint
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from solo.eval import umap
-from solo.eval.umap import UMAPConfig, embed, evaluate_umap
+from solo.eval.umap import UMAPEvaluation, embed, evaluate_umap
 from tests.conftest import ROOT
 from tests.eval.runs import make_run
 
@@ -74,7 +74,7 @@ def test_classes_that_lie_apart_stay_apart():
     draw = np.random.default_rng(0)
     labels = np.arange(90) % 3
     rows = (6 * np.eye(3, 12)[labels] + draw.normal(size=(90, 12))).astype(np.float32)
-    config = UMAPConfig(checkpoint="x", neighbors=10)
+    config = UMAPEvaluation(checkpoint="x", neighbors=10)
     points = embed(config, {"train": rows[:60], "val": rows[60:]})
     again = embed(config, {"train": rows[:60], "val": rows[60:]})
     assert points["train"].shape == (60, 2) and all(np.array_equal(points[part], again[part]) for part in points)

@@ -223,6 +223,7 @@ def test_evaluation_is_recorded(tmp_path, capsys, caplog):
     assert section["results"] == rows and section["classes"] == list(KINDS)
     assert section["checkpoint_sha256"] == checkpoint.digest(run / "checkpoints" / "step7.ckpt")
     assert section["config"]["difficult"] == "negative" and section["config"]["backbone"]["name"] == "resnet18"
+    assert section["config"]["data"]["size"] == 16 and section["config"]["data"]["mean"] == [0.5] * 3  # as in training
     assert [(row["classifier"], row["shots"], row["train_images"]) for row in rows] == [
         ("svm", 2, 6), ("svm", 100, rows[1]["train_images"]), ("svm", None, 179), ("linear head", None, 179)]
     assert all(0 <= row[name] <= 100 for row in rows for name in ("ap_11point", "ap_area", "ap_step_micro"))
