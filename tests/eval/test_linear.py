@@ -170,7 +170,7 @@ def test_commands_end_with_one_line_and_code_2(monkeypatch, capfd, tmp_path, scr
     assert caught.value.code == 2 and any(message in line for line in lines), lines
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.1])
+@pytest.mark.parametrize("fraction", [0.01, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_semi_supervised_recipe(tmp_path, fraction):
     size = [f"data.size={FAKE['size']}", "data.train_size=300", "max_epochs=1", "accelerator=cpu"]
     given = [f"checkpoint={make_run(tmp_path / 'run')}", f"data.fraction={fraction}", *size]
