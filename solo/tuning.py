@@ -18,6 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.memory import garbage_collection_cuda
@@ -166,9 +167,10 @@ def _rate(method: Method, batches: "_Batches", arguments: dict[str, Any]) -> tup
 @contextmanager
 def _tuner(arguments: dict[str, Any], batches: "_Batches") -> Iterator[Tuner]:
     """A Tuner over a Trainer that makes the run's steps and leaves nothing behind, neither files nor words."""
+    plugins: list[Any] = [_Memory(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])]
     try:
         trainer = pl.Trainer(**{key: value for key, value in arguments.items() if key in _STEP}, max_epochs=-1, logger=False,
-                             plugins=[_Memory()], enable_checkpointing=False, enable_progress_bar=False,
+                             plugins=plugins, enable_checkpointing=False, enable_progress_bar=False,
                              enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
