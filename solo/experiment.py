@@ -60,6 +60,7 @@ class Experiment:
     """A whole run.
 
     ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher.
+    ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
     ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
     """
 
@@ -72,6 +73,8 @@ class Experiment:
     augmentations: list[View]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    auto_batch_size: bool = False
+    auto_lr: bool = False
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -121,6 +124,7 @@ class Experiment:
 
 _NOT_LEARNED = (
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
+    *("auto_batch_size", "auto_lr"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
     *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones"),

@@ -35,6 +35,7 @@ from solo.errors import ConfigError, EnvironmentFault
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
+from solo.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         Interrupted: a signal came; the state is saved.
     """
     arguments, processes = settle(config.trainer)
+    config = tuned(config, arguments, processes, build)
     global_batch = config.optimizer.batch_size * processes
     run_dir = config.run_dir(global_batch)
     method = _method(config, _in_chans(config))

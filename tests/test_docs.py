@@ -85,3 +85,15 @@ def test_documents_name_recipes_and_documents_that_exist():
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
         for folder, name in re.findall(r"--config-path (\S+) --config-name (\S+\.yaml)", text):
             assert (ROOT / folder / name.rstrip("`")).is_file(), f"{document.name} names {folder}/{name}"
+
+
+def test_commands_of_the_evaluation_page_compose():
+    commands = re.findall(r"^python (main_\w+\.py) (.*)$", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 8
+    for script, words in commands:
+        folder = ROOT / "scripts" / script.removeprefix("main_").removesuffix(".py")
+        default = re.search(r'config_name="(\S+)"', (ROOT / script).read_text())[1]
+        name, *overrides = [word for word in words.split() if word != "--config-name"]
+        if not name.endswith(".yaml"):
+            name, overrides = default, [name, *overrides]
+        assert config.load(folder / name, overrides), (script, words)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "compat": BASE,
     "launch": {"errors", "registry"},
 }
-TOP = {"__init__", "experiment", "run", "testing"}
+TOP = {"__init__", "experiment", "run", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": "config.py",
@@ -42,6 +42,7 @@ HOMES = {
     "numba": ("data/", "kernels/"),
     "nvidia": "data/engines/dali.py",
     "wandb": "run.py",
+    "umap": "eval/umap.py",
 }
 
 

@@ -45,10 +45,13 @@ class BadImages:
     Args:
         limit: largest accepted share of the source.
         report_dir: where ``bad_images.txt`` is written when there are more, or nowhere.
+        fate: what becomes of such an image, for the log.
     """
 
-    def __init__(self, source: Source, limit: float, report_dir: Path | None = None) -> None:
-        self._source, self._limit = source, limit
+    def __init__(
+        self, source: Source, limit: float, report_dir: Path | None = None, fate: str = "replaced by another one"
+    ) -> None:
+        self._source, self._limit, self._fate = source, limit, fate
         self.report_dir = report_dir
         self._reasons: dict[int, str] = {}
 
@@ -74,7 +77,7 @@ class BadImages:
         for index, reason in failed:
             if index not in self._reasons:
                 self._reasons[index] = reason
-                log.warning("unreadable image %s (%s): replaced by another one", self._source.name(index), reason)
+                log.warning("unreadable image %s (%s): %s", self._source.name(index), reason, self._fate)
         if self.count > self._limit * len(self._source):
             raise DataError(self._verdict())
 

@@ -44,10 +44,23 @@ def draw(picture: Picture, path: Path) -> Path:
         loss, accuracy = left.subplots(2, 1, sharex=True)
         _loss(loss, picture.history)
         _accuracy(accuracy, picture.history, picture.comparison)
-        _embedding(middle.subplots(), picture.points.numpy(), picture.labels.numpy())
+        title = f"Features of {len(picture.points)} images, t-SNE"
+        _embedding(middle.subplots(), title, picture.points.numpy(), picture.labels.numpy())
         _sheet(right, picture.sheet)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", facecolor="white")
+    write_file(path, buffer.getvalue())
+    return path
+
+
+def draw_maps(maps: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> Path:
+    """Write points [N, 2] coloured by their labels [N], titled by their key, side by side as PNG; all on one scale."""
+    figure = Figure(figsize=(8 * len(maps), 8), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (title, (points, labels)) in zip(panels, maps.items(), strict=True):
+        _embedding(axes, title, points, labels)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
     write_file(path, buffer.getvalue())
     return path
 
@@ -89,8 +102,8 @@ def _accuracy(axes: Axes, history: dict[str, list[tuple[int, float]]], compariso
         axes.legend(frameon=False, fontsize=9)
 
 
-def _embedding(axes: Axes, points: np.ndarray, labels: np.ndarray) -> None:
-    axes.set_title(f"Features of {len(points)} images, t-SNE", loc="left", color=_INK)
+def _embedding(axes: Axes, title: str, points: np.ndarray, labels: np.ndarray) -> None:
+    axes.set_title(title, loc="left", color=_INK)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

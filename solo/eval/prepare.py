@@ -26,22 +26,26 @@ def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
     return bind(DataConfig, {**(own if same else {}), **overrides}, "data")
 
 
-def data_module(source: Pretrained, config: DataConfig, views: Sequence[View], batch_size: int, seed: int = 5) -> DataModule:
-    """Images that fit the backbone and have labels to be judged by; training images without one are left out.
+def data_module(
+    source: Pretrained, config: DataConfig, views: Sequence[View], batch_size: int, seed: int = 5, judged: bool = True
+) -> DataModule:
+    """Images that fit the backbone and, where they are to be ``judged``, have labels and a validation part; training
+    images without a label are then left out.
 
     Raises:
         ConfigError: there is no validation part, no label, or another number of channels.
     """
     if not views and source.image_size:
         config = dataclasses.replace(config, size=config.size or source.image_size)
-    data = DataModule(config, views, batch_size, seed, labelled=True)
+    data = DataModule(config, views, batch_size, seed, labelled=judged)
     problems = []
-    if data.spec.classes < 2:
+    if judged and data.spec.classes < 2:
         problems.append(f"data.dataset={config.dataset} has {data.spec.classes} classes: accuracy needs labels of at least 2")
     if data.spec.in_chans != source.in_chans:
         problems.append(f"the backbone takes {source.in_chans} channels, the images have {data.spec.in_chans}: "
                         f"set data.in_chans={source.in_chans}")
     if problems:
         raise ConfigError("\n".join(problems))
-    data.clean_loader(train=False)  # names data.val_path when there is nothing to judge by
+    if judged:
+        data.clean_loader(train=False)  # names data.val_path when there is nothing to judge by
     return data

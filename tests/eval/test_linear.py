@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from solo import backbones, checkpoint
+from solo import backbones, checkpoint, config
 from solo.backbones import BackboneConfig
 from solo.batch import Batch
 from solo.data.config import DataConfig
@@ -217,7 +217,7 @@ def test_wrong_requests(tmp_path, change, message):
         evaluate_linear({"checkpoint": str(run), **QUICK, **change}, TRAINER_ARGUMENTS)
 
 
-@pytest.mark.parametrize("script", ["main_linear.py", "main_knn.py"])
+@pytest.mark.parametrize("script", ["main_linear.py", "main_knn.py", "main_umap.py"])
 @pytest.mark.parametrize("argument, message", [
     ("checkpoint=nowhere.ckpt", "config error: checkpoint=nowhere.ckpt does not exist"),
     ("seed=5", "config error: missing key checkpoint"),
@@ -231,3 +231,19 @@ def test_commands_end_with_one_line_and_code_2(monkeypatch, capfd, tmp_path, scr
         runpy.run_path(str(ROOT / script), run_name="__main__")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("config error")]
     assert caught.value.code == 2 and any(message in line for line in lines), lines
+
+
+@pytest.mark.parametrize("fraction", [0.01, pytest.param(0.1, marks=pytest.mark.slow)])
+def test_semi_supervised_recipe(tmp_path, fraction):
+    size = [f"data.size={FAKE['size']}", "data.train_size=300", "max_epochs=1", "accelerator=cpu"]
+    given = [f"checkpoint={make_run(tmp_path / 'run')}", f"data.fraction={fraction}", *size]
+    values = config.load(ROOT / "scripts" / "linear" / "semi-supervised.yaml", given)
+    assert values["augmentations"][0]["crop_size"] == 16
+    assert config.load(ROOT / "scripts" / "linear" / "semi-supervised.yaml", given[:1])["augmentations"][0]["crop_size"] == 224
+    evaluate_linear(values, TRAINER_ARGUMENTS)
+    section = json.loads((tmp_path / "run" / "results.json").read_text())[f"finetune@{fraction:g}"]
+    assert section["config"]["optimizer"]["name"] == "adam" and section["config"]["finetune"]
+    indices = json.loads((tmp_path / "run" / section["indices"]).read_text())
+    whole = DataModule(DataConfig(**{**FAKE, "train_size": 300}), [], 16, 5)
+    labels = torch.cat([batch.labels for batch in whole.clean_loader(train=True)]).numpy()
+    assert len(indices) == len(set(indices)) == 300 * fraction and set(labels[indices]) == {0, 1, 2}
