@@ -12,17 +12,19 @@ from solo.precision import full_precision
 from solo.schedules import cosine
 
 
-def mlp(*dims: int, last_norm: bool = False) -> nn.Sequential:
+def mlp(*dims: int, last_norm: bool = False, bias: bool = True, last_bias: bool | None = None) -> nn.Sequential:
     """``Linear, BatchNorm1d, ReLU`` between every two of ``dims``; the last Linear alone, or with BatchNorm1d.
 
     Args:
         dims: widths from input to output, e.g. ``mlp(512, 2048, 2048, 256)``.
         last_norm: end with BatchNorm1d.
+        bias: of the Linears.
+        last_bias: of the last Linear, where it differs.
     """
     layers: list[nn.Module] = []
     for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):
-        layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()]
-    layers.append(nn.Linear(dims[-2], dims[-1]))
+        layers += [nn.Linear(wide, narrow, bias=bias), nn.BatchNorm1d(narrow), nn.ReLU()]
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=bias if last_bias is None else last_bias))
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1]))
     return nn.Sequential(*layers)

@@ -2,6 +2,7 @@
 
 from solo.methods.all4one import All4One
 from solo.methods.base import METHODS, Method
+from solo.methods.mvmr import MVMR
 from solo.methods.nnclr import NNCLR
 
-__all__ = ["METHODS", "All4One", "Method", "NNCLR"]
+__all__ = ["METHODS", "MVMR", "All4One", "Method", "NNCLR"]
