@@ -1,6 +1,5 @@
 """Frozen image towers to distil from: any timm model, or the image side of an open_clip model."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from solo import checkpoint
 from solo.errors import ConfigError, EnvironmentFault
+from solo.registry import suggestion
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,7 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         if self.library == "timm" and not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, timm.list_models(), n=1)
-            raise ValueError(f"name: no timm model {self.name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"name: no timm model {self.name!r}{suggestion(self.name, timm.list_models())}")
         if self.library == "timm" and self.tag is not None:
             raise ValueError(f"tag is open_clip's; timm's weights are part of the name: {self.name}.{self.tag}")
         if self.library == "open_clip" and (self.tag is None) == (self.weights is None):
@@ -107,11 +106,12 @@ def _open_clip(config: TowerConfig) -> _Parts:
     except ImportError as error:
         raise EnvironmentFault("a teacher of open_clip needs open_clip_torch: pip install 'solo-ssl[clip]'") from error
     for what, value, known in (
-        ("model", config.name, open_clip.list_models()),
-        ("tag", config.tag, [None, *open_clip.list_pretrained_tags_by_model(config.name)]),
+        ("name", config.name, open_clip.list_models()),
+        ("tag", config.tag, open_clip.list_pretrained_tags_by_model(config.name)),
     ):
-        if value not in known:
-            raise ConfigError(f"no {what} {value!r} in open_clip (known: {', '.join(map(str, filter(None, known)))})")
+        if value is not None and value not in known:
+            hint = suggestion(value, known) or f" (known: {', '.join(known)})"
+            raise ConfigError(f"the teacher's {what}: no {value!r} in open_clip{hint}")
     visual = _fetched(config, lambda: open_clip.create_model(config.name, pretrained=config.tag)).visual
     facts = visual.preprocess_cfg
     size = facts["size"]
