@@ -110,6 +110,16 @@ def test_mlp_shape():
     assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
+@pytest.mark.parametrize("options, biases", [
+    ({}, [True, True, True]),
+    ({"bias": False}, [False, False, False]),
+    ({"bias": False, "last_bias": True}, [False, False, True]),
+    ({"last_bias": False}, [True, True, False]),
+])
+def test_mlp_biases(options, biases):
+    assert [layer.bias is not None for layer in mlp(4, 8, 8, 2, **options) if isinstance(layer, nn.Linear)] == biases
+
+
 def test_neighbour_accuracy_leaves_unknown_out():
     assert neighbour_accuracy(torch.tensor([1, -1, 2, 3]), torch.tensor([1, 1, 0, -1])).item() == 0.5
     assert neighbour_accuracy(torch.tensor([-1]), torch.tensor([-1])).item() == 0

@@ -5,15 +5,18 @@ import pytorch_lightning as pl
 import torch
 
 from solo.batch import Batch
-from solo.config import bind
+from solo.config import bind, load
 from solo.errors import ConfigError
+from solo.experiment import experiment
 from solo.losses import mvmr_loss_func
 from solo.methods import MVMR, NNCLR
+from solo.optim import scaled_lr
 from solo.representations import represent
 from solo.run import pretrain
 from solo.schedules import warmup_cosine
 from solo.testing import CHECKS, Case, tiny
 from solo.testing.checks import bfloat16_is_close, every_parameter_learns, labels_change_nothing, state_is_whole
+from tests.conftest import ROOT
 from tests.methods.test_golden import Features
 from tests.test_towers import save
 
@@ -121,6 +124,33 @@ def test_the_first_view_must_be_the_image_as_it_is(tmp_path):
     for views in ([drawn, plain], [drawn, drawn], [{**plain, "grayscale": {"prob": 0.1}}, drawn]):
         with pytest.raises(ConfigError, match="augmentations: the first view of mvmr must be the image as it is"):
             Case("mvmr", augmentations=views).experiment()
+
+
+# batch of a process, accumulated or other processes, epochs, rate of the optimizer, small stem, teacher
+RECIPES = {
+    "stl10/mvmr": (256, 1, 1000, 1e-4, True, False),
+    "cifar/mvmr": (512, 1, 1000, 2e-4, True, False),
+    "imagenet/mvmr": (256, 8, 1000, 1e-4, False, False),
+    "cifar/mvmr-clip": (256, 1, 200, 1e-4, True, True),
+    "stl10/mvmr-clip": (256, 1, 200, 1e-4, False, True),
+    "imagenet/mvmr-clip": (256, 1, 200, 1e-4, False, True),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_published_ones(name):
+    batch, times, epochs, lr, small, clip = RECIPES[name]
+    recipe = experiment(load(ROOT / "scripts" / "pretrain" / f"{name}.yaml", ["data.train_path=x"]))
+    optimizer, kwargs = recipe.optimizer, recipe.method_kwargs
+    assert (optimizer.name, optimizer.batch_size, optimizer.weight_decay, optimizer.kwargs) == ("adam", batch, 1e-6, {})
+    assert recipe.trainer["devices"] == times and scaled_lr(optimizer.lr, batch * times) == pytest.approx(lr)
+    assert (recipe.trainer["max_epochs"], recipe.scheduler.warmup_epochs, recipe.scheduler.min_lr) == (epochs, 10, 1e-6)
+    assert (recipe.backbone.name, recipe.backbone.kwargs) == ("resnet50", {"zero_init_last": True})
+    assert recipe.backbone.stem.startswith("small") == small and "sync_batchnorm" not in recipe.trainer
+    assert kwargs == (MVMR.Config(representations={}, teacher=kwargs.teacher) if clip else MVMR.Config())
+    if clip:
+        teacher = kwargs.teacher
+        assert (teacher.library, teacher.name, teacher.tag) == ("open_clip", "ViT-B-16", "laion400m_e32")
 
 
 def test_real_optimizer_steps_drive_the_schedule():
