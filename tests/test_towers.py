@@ -37,6 +37,8 @@ def test_images_are_resized_and_normalised_as_the_tower_learned(tmp_path):
     grey = tower(pixels[:, :1])
     torch.testing.assert_close(grey, tower(pixels[:, :1].expand(-1, 3, -1, -1)))
     assert tower.double()(pixels.double()).dtype == torch.float64
+    moved = tower.to("meta")
+    assert moved(torch.empty(2, 3, 20, 20, device="meta")).device.type == "meta"
 
 
 def test_weights_are_neither_trained_nor_saved(weights):

@@ -56,6 +56,8 @@ class MVMR(Method):
                     problems.append(f"representations: {error}")
                 if weight < 0:
                     problems.append(f"representations.{name} must not be negative, got {weight}")
+            if self.teacher is None and self.teacher_weight != 1:
+                problems.append(f"teacher_weight={self.teacher_weight:g} weighs nothing: there is no teacher")
             if problems:
                 raise ValueError("\n".join(problems))
 

@@ -14,7 +14,8 @@ REPRESENTATIONS: Registry[Representation] = Registry("solo.representations")
 
 
 def represent(name: str, images: Tensor) -> Iterator[Tensor]:
-    """Blocks [B, f] of a representation; nothing is computed before the first is asked for.
+    """Blocks [B, f] of a representation; nothing is computed before the first is asked for, so that a loss that asks for
+    it decides on precision and gradient.
 
     Args:
         name: a row of `REPRESENTATIONS`, an entry point, or ``"module:function"``.

@@ -112,7 +112,10 @@ def test_distance_correlation_of_known_samples():
     x = torch.randn(40, 6, dtype=torch.float64)
     assert distance_correlation(x, 3 * x + 1).item() == pytest.approx(1.0, abs=1e-2)     # but for the diagonal of 0.01
     square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    assert distance_correlation(100 * square[:, :1], 100 * square[:, 1:]).item() < 1e-3  # independent coordinates
+    first, second = (square[:, i : i + 1].clone().requires_grad_() for i in range(2))
+    independent = distance_correlation(first, second)
+    independent.backward()
+    assert independent.item() < 1e-3 and first.grad.isfinite().all() and second.grad.isfinite().all()
 
 
 def test_blocks_equal_the_whole():
@@ -123,6 +126,8 @@ def test_blocks_equal_the_whole():
     wide = torch.randn(9, 40_000, dtype=torch.float64)                  # more columns than are held at once
     parts = distance_correlation(iter(wide.split(1000, dim=1)), z).item()
     assert distance_correlation(wide, z).item() == pytest.approx(parts, rel=1e-12)
+    short = x.bfloat16()                                                # a block of 16 bits is widened, not computed with
+    assert distance_correlation(iter([short]), z).item() == distance_correlation(short.float(), z).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -159,8 +164,10 @@ def test_saved_for_backward_does_not_grow_with_the_representation():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            features = torch.randn(16, width)
-            mvmr_loss_func(z, z_original, {"wide": features, "blocks": iter(features.split(8, 1))}, features)
+            features = torch.randn(16, width, requires_grad=True)         # a constant all the same
+            loss = mvmr_loss_func(z, z_original, {"wide": features, "blocks": iter(features.split(8, 1))}, features).loss
+        loss.backward()
+        assert features.grad is None
         return sum(count)
 
     assert saved(64) == saved(4096)

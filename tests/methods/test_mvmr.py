@@ -113,7 +113,8 @@ def test_wrong_configs_are_told(tmp_path):
         bind(MVMR.Config, {"representations": {"scatering": 1.0, "raw": -1.0}, "sign": "papers"}, "method_kwargs")
     assert "method_kwargs.sign must be one of paper, released" in str(error.value)
     with pytest.raises(ConfigError) as error:
-        bind(MVMR.Config, {"representations": {"scatering": 1.0, "raw": -1.0}}, "method_kwargs")
+        bind(MVMR.Config, {"representations": {"scatering": 1.0, "raw": -1.0}, "teacher_weight": 2.0}, "method_kwargs")
+    assert "method_kwargs.teacher_weight=2 weighs nothing: there is no teacher" in str(error.value)
     assert "no 'scatering' in solo.representations, did you mean 'scattering'?" in str(error.value)
     assert "representations.raw must not be negative" in str(error.value)
 
