@@ -21,7 +21,7 @@ from solo.config import bind, plain
 from solo.console import say
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
-from solo.data.views import View
+from solo.data.views import View, expand
 from solo.errors import ConfigError
 from solo.eval.report import ReportConfig
 from solo.methods import METHODS
@@ -179,6 +179,8 @@ def experiment(values: dict[str, Any]) -> Experiment:
         problems += str(error).splitlines()
     kwargs = _method_kwargs(values.get("method"), given, momentum, problems)
     problems += _unknown_dataset(values)
+    if bound is not None and kwargs is not None:
+        problems += _augmented_originals(bound)
     if problems or bound is None:
         raise ConfigError("\n".join(problems))
     return dataclasses.replace(bound, method_kwargs=kwargs, momentum=momentum, trainer=trainer)
@@ -200,6 +202,15 @@ def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) 
         prefix = "" if str(error).startswith(("method_kwargs", "unknown key", "missing key", "momentum")) else "method: "
         problems += [prefix + line for line in str(error).splitlines()]
         return None
+
+
+def _augmented_originals(config: Experiment) -> list[str]:
+    """What is wrong with the views that the method takes as images that are not augmented."""
+    count = METHODS[config.method].originals
+    if not any(view.augments for view in expand(config.augmentations)[:count]):
+        return []
+    first = "first view" if count == 1 else f"first {count} views"
+    return [f"augmentations: the {first} of {config.method} must be the image as it is: rrc: {{enabled: false}}, nothing else"]
 
 
 def _unknown_dataset(values: dict[str, Any]) -> list[str]:

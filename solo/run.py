@@ -26,7 +26,7 @@ from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
 from solo.config import load
 from solo.console import quiet_libraries, say
-from solo.data.datasets import DATASETS
+from solo.data.datasets import DATASETS, statistics
 from solo.data.module import DataModule
 from solo.data.resume import SettledCounters
 from solo.data.views import expand
@@ -88,6 +88,7 @@ def _method(config: Experiment, in_chans: int) -> Method:
     backbone = backbones.build(config.backbone, in_chans, image_size)
     method = METHODS[config.method](backbone, config.method_kwargs)
     method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
+    method.mean, method.std = statistics(config.data)
     return method
 
 

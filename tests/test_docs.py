@@ -17,6 +17,7 @@ from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.methods import METHODS
+from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,22 @@ def test_its_command_line():
     words = re.search(r"--config-name (nnclr.yaml) (method=\S+) '(~\S+)'", (ROOT / "docs" / "add_a_method.md").read_text())
     values = config.load(ROOT / "scripts" / "pretrain" / words[1], [words[2], words[3]])
     assert values["method"] == "sage:Sage" and "method_kwargs" not in values
+
+
+def test_a_representation_in_five_lines(program):
+    program("methods/mvmr.md", "colours")
+    document = (ROOT / "docs" / "methods" / "mvmr.md").read_text()
+    (override,) = re.findall(r"'(method_kwargs.representations=.*)'", document)
+    values = config.load(ROOT / "scripts" / "pretrain" / "mvmr.yaml", [override])
+    kwargs = config.bind(METHODS["mvmr"].Config, values["method_kwargs"], "method_kwargs")
+    assert kwargs.representations == {"raw": 1.0, "colours:mean_colour": 0.5}
+    images = torch.randn(4, 3, 8, 8)
+    try:
+        for name in ("colours:mean_colour", "mean_colour"):
+            (block,) = represent(name, images)
+            assert torch.equal(block, images.mean((2, 3)))
+    finally:
+        REPRESENTATIONS._rows.pop("mean_colour", None)
 
 
 def test_a_dataset_in_one_row(program, tmp_path):

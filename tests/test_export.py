@@ -112,6 +112,14 @@ def test_files_of_something_else(tmp_path, content):
         export.load_backbone(tmp_path / "y.ckpt")
 
 
+def test_stems():
+    for stem, kernel, pool in (("imagenet", 7, "MaxPool2d"), ("small_pool", 3, "MaxPool2d"), ("small", 3, "Identity")):
+        model = backbones.build(BackboneConfig(name="resnet18", stem=stem, stem_padding=1), image_size=96)
+        assert model.conv1.kernel_size == (kernel, kernel) and type(model.maxpool).__name__ == pool
+    with pytest.raises(ConfigError, match="backbone.stem=small_pool is for ResNets, not for test_vit"):
+        backbones.build(BackboneConfig(name="test_vit", stem="small_pool"), image_size=160)
+
+
 def test_stem_follows_the_file(tmp_path):
     large = backbones.build(BackboneConfig(name="resnet18", stem="imagenet"), image_size=32)
     torch.save({"state_dict": prefixed("backbone.", large.state_dict())}, tmp_path / "x.ckpt")

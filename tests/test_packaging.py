@@ -54,6 +54,7 @@ def test_what_solo_imports_is_what_it_asks_for():
         "umap": "umap-learn",
         "lightning_fabric": "pytorch-lightning",
         "nvidia": "nvidia-dali-cuda120",
+        "open_clip": "open_clip_torch",
     }
     imported = set()
     for path in [*(ROOT / "solo").rglob("*.py"), *ROOT.glob("*.py")]:

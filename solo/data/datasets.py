@@ -10,6 +10,7 @@ import numpy as np
 import torchvision.datasets
 from filelock import FileLock
 
+from solo.data.cifar20 import superclasses
 from solo.data.config import DataConfig
 from solo.data.digits import colored_digits, digits
 from solo.data.sources import (
@@ -52,6 +53,22 @@ DATASETS: Registry[DatasetSpec] = Registry("solo.datasets")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+def statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that images are normalised with: the config's, else the dataset's.
+
+    Raises:
+        ConfigError: the config has not one value for each channel.
+    """
+    row = DATASETS[config.dataset]
+    in_chans = config.in_chans or row.in_chans
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) != in_chans:
+            raise ConfigError(f"data.{name} must have {in_chans} values, one per channel, got {len(values)}")
+    mean, std = ((sum(own) / len(own),) if in_chans == 1 else own for own in (row.mean, row.std))
+    return tuple(config.mean or mean), tuple(config.std or std)
 
 
 def _add(
@@ -85,10 +102,12 @@ def _required(config: DataConfig, what: str) -> Path:
     return Path(config.train_path)
 
 
-def _torchvision(dataset: Callable[..., Any], train: dict[str, Any], test: dict[str, Any]) -> Opener:
+def _torchvision(
+    dataset: Callable[..., Any], train: dict[str, Any], test: dict[str, Any]
+) -> Callable[[DataConfig, bool], ArraySource]:
     """Opener of a torchvision dataset that keeps its images as one array in ``data``."""
 
-    def open(config: DataConfig, train_part: bool) -> Source:
+    def open(config: DataConfig, train_part: bool) -> ArraySource:
         root = _required(config, "the folder that holds it, or is to hold it with data.download=true")
         key = "data.train_path"
         if not train_part and config.val_path is not None:
@@ -180,14 +199,9 @@ _add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))
 _add("colored_digits", 10, 32, (0.418, 0.419, 0.421), (0.211, 0.206, 0.208), _embedded(colored_digits))
 _cifar_parts: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
 _add("cifar10", 10, 32, CIFAR10_MEAN, CIFAR10_STD, _torchvision(torchvision.datasets.CIFAR10, *_cifar_parts))
-_add(
-    "cifar100",
-    100,
-    32,
-    (0.5071, 0.4865, 0.4409),
-    (0.2673, 0.2564, 0.2762),
-    _torchvision(torchvision.datasets.CIFAR100, *_cifar_parts),
-)
+_cifar100 = _torchvision(torchvision.datasets.CIFAR100, *_cifar_parts)
+_add("cifar100", 100, 32, CIFAR100_MEAN, CIFAR100_STD, _cifar100)
+_add("cifar20", 20, 32, CIFAR100_MEAN, CIFAR100_STD, lambda config, train: superclasses(_cifar100(config, train)))
 _add(
     "stl10",  # pretraining sees the 5,000 labelled and the 100,000 unlabelled images
     10,

@@ -12,7 +12,7 @@ from torch import Tensor
 from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
-from solo.data.datasets import DATASETS, DatasetSpec
+from solo.data.datasets import DATASETS, DatasetSpec, statistics
 from solo.data.engines import ENGINES, Job, choose
 from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
@@ -219,17 +219,9 @@ def _selection(config: DataConfig, labels: np.ndarray, labelled: bool) -> np.nda
 
 
 def _spec(row: DatasetSpec, config: DataConfig, source: Source) -> DatasetSpec:
-    in_chans = config.in_chans or row.in_chans
-    changes: dict[str, Any] = {"in_chans": in_chans, "classes": len(source.classes), "size": config.size or row.size}
-    for name in ("mean", "std"):
-        values = getattr(config, name)
-        if values is not None and len(values) != in_chans:
-            raise ConfigError(f"data.{name} must have {in_chans} values, one per channel, got {len(values)}")
-        published = getattr(row, name)
-        if values is None and in_chans == 1:
-            values = [sum(published) / len(published)]
-        changes[name] = tuple(values or published)
-    return dataclasses.replace(row, **changes)
+    mean, std = statistics(config)
+    changes: dict[str, Any] = {"classes": len(source.classes), "size": config.size or row.size, "mean": mean, "std": std}
+    return dataclasses.replace(row, in_chans=config.in_chans or row.in_chans, **changes)
 
 
 def _judges(train: Source, val: Source | None) -> Source | None:

@@ -88,6 +88,12 @@ class View:
         if self.num_crops < 1:
             raise ValueError(f"num_crops must be at least 1, got {self.num_crops}")
 
+    @property
+    def augments(self) -> bool:
+        """Whether it shows anything but the image as it is: its largest centred square, resized."""
+        chances = (self.color_jitter, self.grayscale, self.gaussian_blur, self.solarization, self.equalization)
+        return self.rrc.enabled or any(chance.prob > 0 for chance in (*chances, self.horizontal_flip))
+
 
 def expand(views: Sequence[View]) -> list[View]:
     """One entry per copy, large crops first, otherwise in the order given."""

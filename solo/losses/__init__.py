@@ -1,13 +1,17 @@
 """Losses as pure functions of tensors and keyword numbers."""
 
 from solo.losses.all4one import All4OneTerms, all4one_loss_func, feature_loss_func
+from solo.losses.mvmr import MVMRTerms, distance_correlation, mvmr_loss_func
 from solo.losses.nnclr import nnclr_loss_func
 from solo.losses.sce import sce_loss_func, sce_multicrop_loss_func
 
 __all__ = [
     "All4OneTerms",
+    "MVMRTerms",
     "all4one_loss_func",
+    "distance_correlation",
     "feature_loss_func",
+    "mvmr_loss_func",
     "nnclr_loss_func",
     "sce_loss_func",
     "sce_multicrop_loss_func",

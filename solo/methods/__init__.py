@@ -2,7 +2,8 @@
 
 from solo.methods.all4one import All4One
 from solo.methods.base import METHODS, Method
+from solo.methods.mvmr import MVMR
 from solo.methods.nnclr import NNCLR
 from solo.methods.sce import SCE
 
-__all__ = ["METHODS", "All4One", "Method", "NNCLR", "SCE"]
+__all__ = ["All4One", "METHODS", "MVMR", "Method", "NNCLR", "SCE"]

@@ -33,7 +33,9 @@ class Method(pl.LightningModule):
         dim: width of the features.
         optimizer_config, scheduler_config: the recipe; set them before fitting.
         views: full-size views of an image that `losses` takes.
+        originals: how many of them, from the first on, must be the image as it is, not augmented.
         multicrop: whether smaller crops may follow them.
+        mean, std: what the images are normalised with, per channel; set them, or None where no method asks.
         seed: with rank, epoch and batch it decides every random number of a step.
         local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
             without them the loss does not notice how many processes there are.
@@ -42,6 +44,7 @@ class Method(pl.LightningModule):
 
     Config: ClassVar[type]
     views: ClassVar[int] = 2
+    originals: ClassVar[int] = 0
     multicrop: ClassVar[bool] = False
     local_terms: ClassVar[Mapping[str, float]] = {}
     backbone: nn.Module
@@ -53,6 +56,8 @@ class Method(pl.LightningModule):
         self.dim = int(backbone.num_features)  # type: ignore[arg-type]
         self.optimizer_config = optim.OptimizerConfig()
         self.scheduler_config = SchedulerConfig()
+        self.mean: Sequence[float] | None = None
+        self.std: Sequence[float] | None = None
         self.seed = 5
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
@@ -69,6 +74,13 @@ class Method(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, dim] of images."""
         return self.backbone(x)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W] as pixels in 0..1 again, for networks with a normalisation of their own."""
+        if self.mean is None or self.std is None:
+            raise ConfigError(f"{type(self).__name__} must know what its images are normalised with: set its mean and std")
+        mean, std = (torch.tensor(each, dtype=x.dtype).to(x.device, non_blocking=True) for each in (self.mean, self.std))
+        return x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
 
     @property
     def progress(self) -> float:

@@ -22,6 +22,7 @@ VIEW = {
     "horizontal_flip": {"prob": 0.5},
     "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
 }
+ORIGINAL = {"crop_size": 16, "rrc": {"enabled": False}}
 
 
 def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
         "method_kwargs": {key: value for key, value in SIZES.items() if key in known},
         "backbone": dict(BACKBONE),
         "data": {"dataset": "fake", "size": 16, "train_size": 64, "classes": 4, "num_workers": 0},
-        "augmentations": [{**VIEW, "num_crops": kind.views}],
+        "augmentations": [*[ORIGINAL] * kind.originals, {**VIEW, "num_crops": kind.views - kind.originals}],
         "optimizer": {"batch_size": 8, "lr": 1.0, "kwargs": {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}},
         "scheduler": {"warmup_epochs": 1},
         "checkpoint": {"dir": str(folder)},

@@ -154,10 +154,11 @@ def probe_changes_nothing(case: Case) -> None:
 def two_ranks_equal_one(case: Case) -> None:
     """Two processes with half the batch each: loss, gradients and queues of one process with all of it.
 
-    BatchNorm and dropout are in eval mode; the terms in ``Method.local_terms`` are left out of the loss.
+    BatchNorm and dropout are in eval mode. Of the terms in ``Method.local_terms``, which are no part of that loss, loss
+    and gradients are the mean of what one process makes of each half.
     """
     batch = _double(case.batches(1)[0])
-    expected = _share(case, batch, 0, 1)
+    expected = _whole(case, batch)
     for rank, found in enumerate(run_ranks(lambda rank: _share(case, batch, rank, 2))):
         _require(expected.keys() == found.keys(), f"rank {rank} has gradients for {sorted(found.keys() ^ expected.keys())}")
         for name, value in expected.items():
@@ -228,17 +229,45 @@ def _of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _share(case: Case, batch: Batch, rank: int, world: int) -> dict[str, np.ndarray]:
-    """This rank's part of the batch through the method: loss and gradients averaged over ranks, and the queues."""
+    """This rank's part of the batch through the method: losses and gradients averaged over ranks, and the queues."""
     model = case.build().double().eval()
-    part = slice(rank * len(batch.labels) // world, (rank + 1) * len(batch.labels) // world)
-    outputs = model.losses(Batch([view[part] for view in batch.views], batch.labels[part], batch.index[part]))
-    loss = outputs["loss"] - sum(weight * outputs[name] for name, weight in model.local_terms.items())
-    loss.backward()
+    shared, local = _losses(model, _part(batch, rank, world), rank)
+    values = {f"{key} (local)": value for key, value in _derived(model, local).items()} | _derived(model, shared)
     model.after_step(0.0)
-    values = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    averaged = {name: all_reduce(value.detach().clone()) / world for name, value in {**values, "loss": loss}.items()}
+    averaged = {name: all_reduce(value) / world for name, value in values.items()}
     queues = {f"{name}.{key}": value for name, queue in _of(model, Queue).items() for key, value in queue.state_dict().items()}
     return {name: value.numpy() for name, value in {**averaged, **queues}.items()}
+
+
+def _whole(case: Case, batch: Batch) -> dict[str, np.ndarray]:
+    """What `_share` must give on each of two ranks, in one process."""
+    whole = _share(case, batch, 0, 1)
+    halves = []
+    for rank in range(2):
+        model = case.build().double().eval()
+        halves.append(_derived(model, _losses(model, _part(batch, rank, 2), rank)[1]))
+    return whole | {f"{key} (local)": ((value + halves[1][key]) / 2).numpy() for key, value in halves[0].items()}
+
+
+def _part(batch: Batch, rank: int, world: int) -> Batch:
+    part = slice(rank * len(batch.labels) // world, (rank + 1) * len(batch.labels) // world)
+    return Batch([view[part] for view in batch.views], batch.labels[part], batch.index[part])
+
+
+def _losses(model: Method, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    """The loss without its local terms, and these."""
+    torch.manual_seed(seed)
+    outputs = model.losses(batch)
+    local = torch.stack([weight * outputs[name] for name, weight in model.local_terms.items()] or [outputs["loss"] * 0]).sum()
+    return outputs["loss"] - local, local
+
+
+def _derived(model: Method, loss: Tensor) -> dict[str, Tensor]:
+    """A loss and its gradients; the graph stays."""
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    known = {f"gradient of {name}": grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
+    return {"loss": loss.detach().clone(), **known}
 
 
 class _Watcher(pl.Callback):

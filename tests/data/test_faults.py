@@ -60,7 +60,7 @@ def test_files_that_only_pretend_to_be_images(tmp_path: Path) -> None:
     assert "none of 8 images tried can be read" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "cifar20", "stl10"])
 def test_absent_datasets_name_the_download_key(dataset: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data.train_path.*data.download=true"):
         module(dataset=dataset, train_path=str(tmp_path))

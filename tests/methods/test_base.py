@@ -8,6 +8,7 @@ from solo.batch import Batch
 from solo.errors import ConfigError
 from solo.methods import NNCLR, Method
 from solo.testing import Case
+from solo.testing.checks import two_ranks_equal_one
 
 
 class Crops(Method):
@@ -41,6 +42,15 @@ def test_a_notebooks_own_batches_are_checked(tmp_path):
     batch = Batch([torch.zeros(5, 3, 16, 16)] * 2, torch.zeros(5), torch.arange(5))
     with pytest.raises(ConfigError, match="queue_size=32 is not a multiple of the global batch 5: use 30 or 35"):
         model.on_train_batch_start(batch, 0)
+
+
+class Claims(NNCLR):
+    local_terms = {"loss": 1.0}         # but its negatives come from all ranks
+
+
+def test_a_local_term_must_be_local():
+    with pytest.raises(AssertionError, match=r"\(local\) on rank 0 of 2 differs"):
+        two_ranks_equal_one(Case("tests.methods.test_base:Claims"))
 
 
 def test_tau_is_logged():

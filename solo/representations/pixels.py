@@ -1,0 +1,59 @@
+"""Representations that look at a pixel and its neighbours."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solo.errors import ConfigError
+from solo.losses.mvmr import SCALE
+from solo.representations.base import REPRESENTATIONS
+
+_BINS, _CELL = 24, 8
+
+
+@REPRESENTATIONS.register("raw")
+def raw(images: Tensor) -> Tensor:
+    """The pixels, divided by 32 as published."""
+    return images.flatten(1) / SCALE
+
+
+@REPRESENTATIONS.register("local_std")
+def local_std(images: Tensor) -> Tensor:
+    """Standard deviation of each pixel's 3 x 3 neighbourhood, reflected at the border: [B, C * H * W]."""
+    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    variance = F.avg_pool2d(x.square(), 3, 1) - F.avg_pool2d(x, 3, 1).square()
+    return (variance + 1e-8).clamp(min=0).sqrt().flatten(1)
+
+
+@REPRESENTATIONS.register("hog")
+def hog(images: Tensor) -> Iterator[Tensor]:
+    """Histograms of 24 oriented gradients in cells of 8 x 8 pixels, a block [B, 24 * H/8 * W/8] per colour channel.
+
+    As published, a pixel votes with its gradient's length m in the bin below its direction and with 1 - m (not an
+    interpolation) in the bin above; both are one bin where the direction is a whole number of bins, and in flat areas.
+    """
+    n, _, height, width = images.shape
+    rows, columns = height // _CELL, width // _CELL
+    if not rows * columns:
+        raise ConfigError(f"the representation hog needs images of at least {_CELL} px, got {height} x {width}")
+    y, x = (torch.arange(cells * _CELL, device=images.device) // _CELL for cells in (rows, columns))
+    cell = _BINS * (y[:, None] * columns + x)                                   # [H, W], where its bins begin
+    place = cell + _BINS * rows * columns * torch.arange(n, device=images.device)[:, None, None]
+    for channel in images.unbind(1):
+        length, direction = (part[:, : len(y), : len(x)] for part in _gradient(channel))        # [B, H, W]
+        votes = images.new_zeros(n * rows * columns * _BINS)
+        for edge, vote in ((direction.floor(), length), (direction.ceil(), 1 - length)):
+            votes.index_add_(0, (place + edge.long() % _BINS).flatten(), vote.flatten())
+        yield votes.view(n, rows * columns, _BINS).transpose(1, 2).flatten(1) / _CELL**2
+
+
+def _gradient(channel: Tensor) -> tuple[Tensor, Tensor]:
+    """Length and direction, in bins between -24 and 24, of the Sobel gradient of [B, H, W], zero beyond the border."""
+    x = F.pad(channel, (1, 1, 1, 1))
+    across, down = x[..., :-2] - x[..., 2:], x[:, :-2] - x[:, 2:]
+    g0 = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
+    g1 = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    return torch.hypot(g0, g1), torch.atan2(g0, g1) * (_BINS / math.pi)
