@@ -2,5 +2,26 @@
 
 from solo.losses.all4one import All4OneTerms, all4one_loss_func, feature_loss_func
 from solo.losses.nnclr import nnclr_loss_func
+from solo.losses.unigrad import (
+    unigrad_barlow_loss_func,
+    unigrad_byol_directpred_loss_func,
+    unigrad_loss_func,
+    unigrad_moco_loss_func,
+    unigrad_simclr_loss_func,
+    unigrad_simsiam_loss_func,
+    unigrad_vicreg_loss_func,
+)
 
-__all__ = ["All4OneTerms", "all4one_loss_func", "feature_loss_func", "nnclr_loss_func"]
+__all__ = [
+    "All4OneTerms",
+    "all4one_loss_func",
+    "feature_loss_func",
+    "nnclr_loss_func",
+    "unigrad_barlow_loss_func",
+    "unigrad_byol_directpred_loss_func",
+    "unigrad_loss_func",
+    "unigrad_moco_loss_func",
+    "unigrad_simclr_loss_func",
+    "unigrad_simsiam_loss_func",
+    "unigrad_vicreg_loss_func",
+]
