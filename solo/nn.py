@@ -1,4 +1,4 @@
-"""Modules that methods are made of: heads, the queue, the teacher."""
+"""Modules that methods are made of: heads, the queue, the teacher, running statistics."""
 
 import copy
 from dataclasses import dataclass
@@ -8,21 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solo.dist import gather
+from solo.losses.unigrad import correlation
 from solo.precision import full_precision
 from solo.schedules import cosine
 
 
-def mlp(*dims: int, last_norm: bool = False) -> nn.Sequential:
+def mlp(*dims: int, last_norm: bool = False, bias: bool = True, last_bias: bool | None = None) -> nn.Sequential:
     """``Linear, BatchNorm1d, ReLU`` between every two of ``dims``; the last Linear alone, or with BatchNorm1d.
 
     Args:
         dims: widths from input to output, e.g. ``mlp(512, 2048, 2048, 256)``.
         last_norm: end with BatchNorm1d.
+        bias: of the Linears that a BatchNorm and a ReLU follow.
+        last_bias: of the last Linear; None: as the others.
     """
     layers: list[nn.Module] = []
     for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):
-        layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()]
-    layers.append(nn.Linear(dims[-2], dims[-1]))
+        layers += [nn.Linear(wide, narrow, bias=bias), nn.BatchNorm1d(narrow), nn.ReLU()]
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=bias if last_bias is None else last_bias))
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1]))
     return nn.Sequential(*layers)
@@ -108,6 +111,53 @@ class Queue(StepModule):
 def _cosines(z: Tensor, keys: Tensor) -> Tensor:
     """[B, D] and normalised rows [K, D] -> [B, K]."""
     return F.normalize(z, dim=-1).to(keys.dtype) @ keys.T
+
+
+class Correlation(StepModule):
+    """Moving average F of the correlation of L2-normalised rows, [D, D] with trace 1, equal on all ranks.
+
+    F starts as the first step's correlation. A micro-batch sees F moved on by its own correlation; after the optimizer
+    step F has moved on once, by the mean over the step's micro-batches.
+
+    Args:
+        dim: width D.
+        rho: decay.
+    """
+
+    value: Tensor
+    steps: Tensor
+
+    def __init__(self, dim: int, rho: float) -> None:
+        super().__init__()
+        self.rho = rho
+        self.register_buffer("value", torch.zeros(dim, dim))                                        # [D, D]
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._pending: Tensor | None = None
+        self._batches = 0
+
+    @torch.no_grad()
+    def forward(self, m1: Tensor, m2: Tensor) -> Tensor:
+        """F [D, D] with this micro-batch's rows counted in.
+
+        Args:
+            m1, m2: [B, D] each, normalised here.
+        """
+        batch = correlation(m1, m2).to(self.value.dtype)                                            # [D, D]
+        self._pending = batch if self._pending is None else self._pending + batch
+        self._batches += 1
+        return self._moved(batch)
+
+    def _moved(self, batch: Tensor) -> Tensor:
+        first = self.value.new_ones(())                     # a tensor on the device: no wait for its value
+        return self.value.lerp(batch, torch.where(self.steps > 0, first * (1 - self.rho), first))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> dict[str, float]:
+        if self._pending is not None:
+            self.value.copy_(self._moved(self._pending / self._batches))
+            self.steps += 1
+            self._pending, self._batches = None, 0
+        return {}
 
 
 @dataclass(kw_only=True)

@@ -213,9 +213,11 @@ def direct_predictor(F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Returns:
         ``W = U diag(max(sqrt(s / s_max) + eps, 1e-4)) U'`` [D, D] and s_max, a scalar.
     """
-    values, vectors = torch.linalg.eigh(F)
-    largest = values[-1]
-    lengths = ((values / largest).clamp(min=0).sqrt() + eps).clamp(min=1e-4)    # rounding leaves values below 0
+    values, vectors = torch.linalg.eigh(F.nan_to_num())         # which raises where a loss may still say what is wrong
+    largest = values[-1].clamp(min=1e-12)
+    noise = 10 * torch.finfo(F.dtype).eps * largest         # what rounding leaves of a value 0: its root would be visible
+    values = values.where(values > noise, 0.0)
+    lengths = ((values / largest).sqrt() + eps).clamp(min=1e-4)
     return vectors * lengths @ vectors.T, largest
 
 

@@ -3,5 +3,6 @@
 from solo.methods.all4one import All4One
 from solo.methods.base import METHODS, Method
 from solo.methods.nnclr import NNCLR
+from solo.methods.unigrad import UniGrad
 
-__all__ = ["METHODS", "All4One", "Method", "NNCLR"]
+__all__ = ["METHODS", "All4One", "Method", "NNCLR", "UniGrad"]

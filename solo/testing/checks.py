@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from solo.batch import Batch
 from solo.dist import all_reduce
 from solo.methods import Method
-from solo.nn import Queue, Teacher
+from solo.nn import Queue, StepModule, Teacher
 from solo.testing.case import Case, run
 from solo.testing.ranks import run_ranks
 
@@ -152,7 +152,7 @@ def probe_changes_nothing(case: Case) -> None:
 
 
 def two_ranks_equal_one(case: Case) -> None:
-    """Two processes with half the batch each: loss, gradients and queues of one process with all of it.
+    """Two processes with half the batch each: loss, gradients, queues and the like of one process with all of it.
 
     BatchNorm and dropout are in eval mode; the terms in ``Method.local_terms`` are left out of the loss.
     """
@@ -228,7 +228,7 @@ def _of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _share(case: Case, batch: Batch, rank: int, world: int) -> dict[str, np.ndarray]:
-    """This rank's part of the batch through the method: loss and gradients averaged over ranks, and the queues."""
+    """This rank's part of the batch through the method: loss and gradients averaged over ranks, and what a step moves."""
     model = case.build().double().eval()
     part = slice(rank * len(batch.labels) // world, (rank + 1) * len(batch.labels) // world)
     outputs = model.losses(Batch([view[part] for view in batch.views], batch.labels[part], batch.index[part]))
@@ -237,8 +237,9 @@ def _share(case: Case, batch: Batch, rank: int, world: int) -> dict[str, np.ndar
     model.after_step(0.0)
     values = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     averaged = {name: all_reduce(value.detach().clone()) / world for name, value in {**values, "loss": loss}.items()}
-    queues = {f"{name}.{key}": value for name, queue in _of(model, Queue).items() for key, value in queue.state_dict().items()}
-    return {name: value.numpy() for name, value in {**averaged, **queues}.items()}
+    memories = _of(model, StepModule).items()
+    states = {f"{name}.{key}": value for name, memory in memories for key, value in memory.state_dict().items()}
+    return {name: value.numpy() for name, value in {**averaged, **states}.items()}
 
 
 class _Watcher(pl.Callback):

@@ -345,6 +345,14 @@ def test_same_bits_under_autocast_and_finite_at_zero(name):
     assert gradients.objective.isfinite() and z1.grad.isfinite().all()
 
 
+def test_directpred_of_nothing_and_of_nonsense():
+    z = torch.randn(2, 6, 4, requires_grad=True)
+    dead = unigrad_byol_directpred_loss_func(*z, torch.zeros(6, 4), torch.zeros(6, 4), None, rho=0.99, eps=0.3)
+    assert all(part.isfinite().all() for part in dead)
+    broken = unigrad_byol_directpred_loss_func(*z, torch.full((6, 4), torch.nan), z[0], None, rho=0.99, eps=0.3)
+    assert broken[0].isnan()
+
+
 def test_parts_mix_by_share():
     torch.manual_seed(0)
     z1, z2, m1, m2 = torch.randn(4, 6, 4, dtype=torch.float64)
