@@ -79,7 +79,7 @@ def test_a_dataset_in_one_row(program, tmp_path):
 
 
 def test_documents_name_recipes_and_documents_that_exist():
-    for document in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+    for document in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
         text = document.read_text()
         for link in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
