@@ -13,14 +13,14 @@ from solo.precision import full_precision
 from solo.schedules import cosine
 
 
-def mlp(*dims: int, last_norm: bool = False, bias: bool = True, last_bias: bool | None = None) -> nn.Sequential:
+def mlp(*dims: int, bias: bool = True, last_bias: bool | None = None, last_norm: bool = False) -> nn.Sequential:
     """``Linear, BatchNorm1d, ReLU`` between every two of ``dims``; the last Linear alone, or with BatchNorm1d.
 
     Args:
         dims: widths from input to output, e.g. ``mlp(512, 2048, 2048, 256)``.
-        last_norm: end with BatchNorm1d.
-        bias: of the Linears that a BatchNorm and a ReLU follow.
+        bias: of the Linears; one in front of BatchNorm1d changes nothing.
         last_bias: of the last Linear; None: as the others.
+        last_norm: end with BatchNorm1d.
     """
     layers: list[nn.Module] = []
     for wide, narrow in zip(dims[:-2], dims[1:-1], strict=True):

@@ -225,7 +225,9 @@ def direct_predictor(F: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @full_precision
 def direct_metric(F: Tensor, largest: Tensor, eps: float) -> Tensor:
     """``A = F / s_max + eps^2 I`` [D, D], which stands in for W^2 in the published gradient."""
-    return F / largest + eps**2 * torch.eye(len(F), dtype=F.dtype, device=F.device)
+    A = F / largest
+    A.diagonal().add_(eps**2)
+    return A
 
 
 def _moved(F: Tensor | None, batch: Tensor, rho: float) -> Tensor:
@@ -258,7 +260,8 @@ def unigrad_loss_func(
 def unigrad_byol_directpred_loss_func(
     z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, F: Tensor | None, *, rho: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`directpred_gradients` with the predictor of the new F; as `unigrad_loss_func`. The loss is 0 up to rounding."""
+    """As `unigrad_loss_func`, with `directpred_gradients` of the new F and ``eps`` of `direct_predictor`. The loss is 0 up
+    to rounding."""
     F = _moved(F, correlation(m1, m2), rho)
     W, largest = direct_predictor(F, eps)
     return *_delivered(directpred_gradients(z1, z2, m1, m2, W, direct_metric(F, largest, eps))), F

@@ -1,6 +1,10 @@
 """Every form of UniGrad with and without teacher: the contract, official numbers through the method, its memories, CutMix."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -14,8 +18,10 @@ from solo.experiment import experiment
 from solo.methods import UniGrad
 from solo.methods.unigrad import CONSTANTS, cutmix
 from solo.nn import Correlation, Momentum, Teacher, mlp
+from solo.run import pretrain
 from solo.testing import CHECKS, Case
 from solo.testing import tiny as values
+from tests.conftest import ROOT
 from tests.losses.test_losses import assert_gradient
 from tests.losses.test_unigrad import TOLERANCE
 from tests.methods.test_golden import Features, Targets
@@ -266,6 +272,24 @@ def test_published_projector():
     with torch.device("meta"):
         head = mlp(2048, 2048, 2048, 2048, bias=False, last_bias=True)
     assert sum(p.numel() for p in head.parameters()) == 12_593_152
+
+
+@pytest.mark.slow
+def test_the_script_that_draws_all_gradients(shared_data, tmp_path):
+    images = shared_data("cifar10-jpeg.npz")
+    augmentations = [{"crop_size": 32, "num_crops": 2}]
+    run = pretrain(experiment(values("unigrad", tmp_path / "runs", max_epochs=1, augmentations=augmentations)))
+    for name, arguments in {"untrained": (), "trained": ("--checkpoint", str(run.run_dir))}.items():
+        command = [sys.executable, "scripts/bench/gradients.py", "--images", "32", "--out", str(tmp_path / name), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SOLO_SHARED": str(images.parents[1])}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        with (tmp_path / name / "gradients.csv").open() as file:
+            rows = {(row["part"], row["method"], row["other"]): float(row["value"]) for row in csv.DictReader(file)}
+        assert len(rows) == 3 * 7 * 8 and (tmp_path / name / "gradients.png").stat().st_size > 10_000
+        assert all(rows[part, "MoCo", "MoCo"] == pytest.approx(1) for part in ("positive", "negative", "sum"))
+        assert rows["positive", "UniGrad", "SimCLR"] == pytest.approx(1) and rows["positive", "VICReg", ""] > 0
+        assert (rows["sum", "SimSiam", "BYOL"] == pytest.approx(1)) == (name == "untrained")    # one formula, other targets
 
 
 def test_what_is_logged():
