@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytorch_lightning as pl
 
@@ -59,7 +59,8 @@ class WandbConfig:
 class Experiment:
     """A whole run.
 
-    ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher.
+    ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher;
+    null trains without one where a method can.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
     ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
     """
@@ -171,7 +172,7 @@ def experiment(values: dict[str, Any]) -> Experiment:
     problems += [f"{key} is decided by the run itself and cannot be set" for key in owned]
     values = {key: value for key, value in values.items() if key not in owned}
     given = values.pop("method_kwargs", None) or {}
-    momentum = values.pop("momentum", None)
+    momentum = values.pop("momentum", _ABSENT)
     bound: Experiment | None = None
     try:
         bound = bind(Experiment, values, also_known=[*TRAINER_ARGUMENTS, "method_kwargs", "momentum"])
@@ -183,7 +184,11 @@ def experiment(values: dict[str, Any]) -> Experiment:
         problems += _augmented_originals(bound)
     if problems or bound is None:
         raise ConfigError("\n".join(problems))
-    return dataclasses.replace(bound, method_kwargs=kwargs, momentum=momentum, trainer=trainer)
+    kept = None if momentum is _ABSENT else momentum
+    return dataclasses.replace(bound, method_kwargs=kwargs, momentum=kept, trainer=trainer)
+
+
+_ABSENT = object()
 
 
 def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) -> Any:
@@ -191,12 +196,8 @@ def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) 
         return None
     try:
         schema = METHODS[method].Config
-        accepts = "momentum" in {f.name for f in dataclasses.fields(schema)}
-        if momentum is not None and not accepts:
-            bind(Momentum, momentum, "momentum")  # it must at least be right
-            say(f"momentum is ignored: {method} has no teacher")
-        elif momentum is not None:
-            given = {**given, "momentum": bind(Momentum, momentum, "momentum")}
+        if momentum is not _ABSENT and isinstance(given, dict):
+            given = _with_momentum(method, schema, given, momentum)
         return bind(schema, given, "method_kwargs")
     except ConfigError as error:
         prefix = "" if str(error).startswith(("method_kwargs", "unknown key", "missing key", "momentum")) else "method: "
@@ -211,6 +212,24 @@ def _augmented_originals(config: Experiment) -> list[str]:
         return []
     first = "first view" if count == 1 else f"first {count} views"
     return [f"augmentations: the {first} of {config.method} must be the image as it is: rrc: {{enabled: false}}, nothing else"]
+
+
+def _with_momentum(method: str, schema: type, given: dict[str, Any], momentum: Any) -> dict[str, Any]:
+    """``method_kwargs`` with the block ``momentum``, which stands beside it; null takes the teacher away."""
+    own = next((field for field in dataclasses.fields(schema) if field.name == "momentum"), None)
+    if momentum is None and (own is None or "momentum" in given):       # a run's own config.json says it inside
+        return given
+    if momentum is None:
+        if type(None) not in get_args(get_type_hints(schema)["momentum"]):
+            raise ConfigError(f"momentum=null would take the teacher away, and {method} does not work without one")
+        return {**given, "momentum": None}
+    if own is None:
+        bind(Momentum, momentum, "momentum")                            # it must at least be right
+        say(f"momentum is ignored: {method} has no teacher")
+        return given
+    if isinstance(momentum, dict) and own.default_factory is not dataclasses.MISSING:
+        momentum = {**plain(own.default_factory()), **momentum}
+    return {**given, "momentum": bind(Momentum, momentum, "momentum")}
 
 
 def _unknown_dataset(values: dict[str, Any]) -> list[str]:

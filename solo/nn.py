@@ -1,4 +1,4 @@
-"""Modules that methods are made of: heads, the queue, the teacher."""
+"""Modules that methods are made of: heads, the queue, the teacher, running statistics."""
 
 import copy
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solo.dist import gather
+from solo.losses.unigrad import correlation
 from solo.precision import full_precision
 from solo.schedules import cosine
 
@@ -121,6 +122,53 @@ class Queue(StepModule):
 def _cosines(z: Tensor, keys: Tensor) -> Tensor:
     """[B, D] and normalised rows [K, D] -> [B, K]."""
     return unit(z).to(keys.dtype) @ keys.T
+
+
+class Correlation(StepModule):
+    """Moving average F of the correlation of L2-normalised rows, [D, D] with trace 1, equal on all ranks.
+
+    F starts as the first step's correlation. A micro-batch sees F moved on by its own correlation; after the optimizer
+    step F has moved on once, by the mean over the step's micro-batches.
+
+    Args:
+        dim: width D.
+        rho: decay.
+    """
+
+    value: Tensor
+    steps: Tensor
+
+    def __init__(self, dim: int, rho: float) -> None:
+        super().__init__()
+        self.rho = rho
+        self.register_buffer("value", torch.zeros(dim, dim))                                        # [D, D]
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._pending: Tensor | None = None
+        self._batches = 0
+
+    @torch.no_grad()
+    def forward(self, m1: Tensor, m2: Tensor) -> Tensor:
+        """F [D, D] with this micro-batch's rows counted in.
+
+        Args:
+            m1, m2: [B, D] each, normalised here.
+        """
+        batch = correlation(m1, m2).to(self.value.dtype)                                            # [D, D]
+        self._pending = batch if self._pending is None else self._pending + batch
+        self._batches += 1
+        return self._moved(batch)
+
+    def _moved(self, batch: Tensor) -> Tensor:
+        first = self.value.new_ones(())                     # a tensor on the device: no wait for its value
+        return self.value.lerp(batch, torch.where(self.steps > 0, first * (1 - self.rho), first))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> dict[str, float]:
+        if self._pending is not None:
+            self.value.copy_(self._moved(self._pending / self._batches))
+            self.steps += 1
+            self._pending, self._batches = None, 0
+        return {}
 
 
 @dataclass(kw_only=True)

@@ -116,6 +116,11 @@ def test_mlp_shape():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert [type(layer).__name__ for layer in mlp(4, 8, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
+    biases = lambda head: [layer.bias is not None for layer in head if isinstance(layer, nn.Linear)]  # noqa: E731
+    assert biases(mlp(4, 8, 8, 2)) == [True] * 3 and biases(mlp(4, 8, 8, 2, bias=False)) == [False] * 3
+    assert biases(mlp(4, 8, 8, 2, bias=False, last_bias=True)) == [False, False, True]
+    assert biases(mlp(4, 8, 8, 2, last_bias=False)) == [True, True, False]
+
 
 @pytest.mark.parametrize("options, biases", [
     ({}, [True, True]),

@@ -4,6 +4,15 @@ from solo.losses.all4one import All4OneTerms, all4one_loss_func, feature_loss_fu
 from solo.losses.mvmr import MVMRTerms, distance_correlation, mvmr_loss_func
 from solo.losses.nnclr import nnclr_loss_func
 from solo.losses.sce import sce_loss_func, sce_multicrop_loss_func
+from solo.losses.unigrad import (
+    unigrad_barlow_loss_func,
+    unigrad_byol_directpred_loss_func,
+    unigrad_loss_func,
+    unigrad_moco_loss_func,
+    unigrad_simclr_loss_func,
+    unigrad_simsiam_loss_func,
+    unigrad_vicreg_loss_func,
+)
 
 __all__ = [
     "All4OneTerms",
@@ -15,4 +24,11 @@ __all__ = [
     "nnclr_loss_func",
     "sce_loss_func",
     "sce_multicrop_loss_func",
+    "unigrad_barlow_loss_func",
+    "unigrad_byol_directpred_loss_func",
+    "unigrad_loss_func",
+    "unigrad_moco_loss_func",
+    "unigrad_simclr_loss_func",
+    "unigrad_simsiam_loss_func",
+    "unigrad_vicreg_loss_func",
 ]

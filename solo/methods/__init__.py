@@ -5,5 +5,14 @@ from solo.methods.base import METHODS, Method
 from solo.methods.mvmr import MVMR
 from solo.methods.nnclr import NNCLR
 from solo.methods.sce import SCE
+from solo.methods.unigrad import UniGrad
 
-__all__ = ["All4One", "METHODS", "MVMR", "Method", "NNCLR", "SCE"]
+__all__ = [
+    "All4One",
+    "METHODS",
+    "MVMR",
+    "Method",
+    "NNCLR",
+    "SCE",
+    "UniGrad",
+]

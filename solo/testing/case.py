@@ -29,12 +29,12 @@ def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
     """The smallest experiment that has everything a real one has: 64 images of 16 pixels, 8 steps an epoch, 3 epochs.
 
     Args:
-        method: its name, or ``"module:Class"``; the sizes every method has are made small.
+        method: its name, or ``"module:Class"``; the sizes every method has are made small, except those that are None.
         folder: where runs are written.
         changes: top-level keys; blocks are merged.
     """
     kind = METHODS[method]
-    known = {field.name for field in dataclasses.fields(kind.Config)}
+    known = {field.name for field in dataclasses.fields(kind.Config) if field.default is not None}
     content: dict[str, Any] = {
         "method": method,
         "method_kwargs": {key: value for key, value in SIZES.items() if key in known},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from solo.batch import Batch
 from solo.dist import all_reduce
 from solo.methods import Method
-from solo.nn import Queue, Teacher
+from solo.nn import Queue, StepModule, Teacher
 from solo.testing.case import Case, run
 from solo.testing.ranks import run_ranks
 
@@ -152,7 +152,7 @@ def probe_changes_nothing(case: Case) -> None:
 
 
 def two_ranks_equal_one(case: Case) -> None:
-    """Two processes with half the batch each: loss, gradients and queues of one process with all of it.
+    """Two processes with half the batch each: loss, gradients, queues and the like of one process with all of it.
 
     BatchNorm and dropout are in eval mode. Of the terms in ``Method.local_terms``, which are no part of that loss, loss
     and gradients are the mean of what one process makes of each half.
@@ -229,14 +229,15 @@ def _of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _share(case: Case, batch: Batch, rank: int, world: int) -> dict[str, np.ndarray]:
-    """This rank's part of the batch through the method: losses and gradients averaged over ranks, and the queues."""
+    """This rank's part of the batch through the method: losses and gradients averaged over ranks, and what a step moves."""
     model = case.build().double().eval()
     shared, local = _losses(model, _part(batch, rank, world), rank)
     values = {f"{key} (local)": value for key, value in _derived(model, local).items()} | _derived(model, shared)
     model.after_step(0.0)
     averaged = {name: all_reduce(value) / world for name, value in values.items()}
-    queues = {f"{name}.{key}": value for name, queue in _of(model, Queue).items() for key, value in queue.state_dict().items()}
-    return {name: value.numpy() for name, value in {**averaged, **queues}.items()}
+    memories = _of(model, StepModule).items()
+    states = {f"{name}.{key}": value for name, memory in memories for key, value in memory.state_dict().items()}
+    return {name: value.numpy() for name, value in {**averaged, **states}.items()}
 
 
 def _whole(case: Case, batch: Batch) -> dict[str, np.ndarray]:

@@ -24,6 +24,21 @@ def test_golden(golden, dtype, rtol):
         assert [accuracy["acc1"], accuracy["acc5"]] == pytest.approx(g[f"acc_{i}"].tolist())
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_equals_unigrads_knn(golden, dtype, rtol):
+    g = golden("knn_small")
+    bank, queries = g["bank"].double(), g["feature"].double()
+    # The file's rows have norm 1 to float16 precision and are used as they are, ours are normalised: two more columns
+    # give all rows one norm r without changing an inner product, so that a cosine is the inner product over r^2.
+    squared = torch.cat([bank, queries]).square().sum(1).max()
+    missing, zero = (lambda rows: (squared - rows.square().sum(1, keepdim=True)).sqrt()), (lambda rows: rows[:, :1] * 0)
+    bank, queries = torch.cat([bank, missing(bank), zero(bank)], 1), torch.cat([queries, zero(queries), missing(queries)], 1)
+    settings = dict(k=g.params["k"], temperature=g.params["temperature"] / squared.item())
+    scores = knn_scores(bank.to(dtype), g["labels"].long(), queries.to(dtype), 5, **settings)
+    assert (scores - g["scores"]).abs().max() <= rtol * g["scores"].max()
+    assert torch.equal(scores.argmax(1), g["pred_top1"])
+
+
 @pytest.fixture
 def rows():
     generator = torch.Generator().manual_seed(0)
