@@ -75,3 +75,20 @@ def all_reduce(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def gather_text(text: str, device: torch.device | str = "cpu") -> str:
+    """What every rank says, one after the other in rank order; ``gather_text(text if rank() == 0 else "")`` is rank 0's.
+
+    Args:
+        text: may be empty.
+        device: where the group's collectives work: the GPU under NCCL.
+    """
+    said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    return bytes(gather_uneven(said).tolist()).decode()
+
+
+def part() -> None:
+    """Leave the group for good: from here on each process is one by itself."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

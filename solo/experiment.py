@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 
+from solo import devices
 from solo.backbones import BackboneConfig
 from solo.callbacks.checkpoint import CheckpointConfig
 from solo.callbacks.health import HealthConfig
@@ -20,7 +21,7 @@ from solo.compat import translate
 from solo.config import bind, plain
 from solo.console import say
 from solo.data.config import DataConfig
-from solo.data.datasets import DATASETS
+from solo.data.datasets import DATASETS, DatasetSpec
 from solo.data.views import View
 from solo.errors import ConfigError
 from solo.eval.report import ReportConfig
@@ -39,6 +40,7 @@ _OWNED = {
     "use_distributed_sampler",
     "default_root_dir",
     "enable_progress_bar",
+    "barebones",
     "model_registry",
     "trainer",
 }
@@ -86,8 +88,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            problems.append(f"name may hold letters, digits, '_', '.' and '-', got {self.name!r}")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            problems.append(f"name may hold letters, digits, '_', and behind the first '.' and '-', got {self.name!r}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed must lie in [0, 2**32), got {self.seed}")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
         if problems:
@@ -123,7 +127,7 @@ _NOT_LEARNED = (
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
-    *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones"),
+    *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),
 )
 _NOT_LEARNED_INSIDE = (
     ("data", "num_workers"),
@@ -173,6 +177,7 @@ def experiment(values: dict[str, Any]) -> Experiment:
         bound = bind(Experiment, values, also_known=[*TRAINER_ARGUMENTS, "method_kwargs", "momentum"])
     except ConfigError as error:
         problems += str(error).splitlines()
+    problems += devices.problems(trainer)
     kwargs = _method_kwargs(values.get("method"), given, momentum, problems)
     problems += _unknown_dataset(values)
     if problems or bound is None:
@@ -184,12 +189,14 @@ def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) 
     if not isinstance(method, str):
         return None
     try:
-        schema = METHODS[method].Config
+        schema = getattr(METHODS[method], "Config", None)
+        if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
+            raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
         accepts = "momentum" in {f.name for f in dataclasses.fields(schema)}
         if momentum is not None and not accepts:
             bind(Momentum, momentum, "momentum")  # it must at least be right
             say(f"momentum is ignored: {method} has no teacher")
-        elif momentum is not None:
+        elif momentum is not None and isinstance(given, dict):
             given = {**given, "momentum": bind(Momentum, momentum, "momentum")}
         return bind(schema, given, "method_kwargs")
     except ConfigError as error:
@@ -204,7 +211,7 @@ def _unknown_dataset(values: dict[str, Any]) -> list[str]:
     if not isinstance(name, str):
         return []
     try:
-        DATASETS[name]
+        known = isinstance(DATASETS[name], DatasetSpec)
     except ConfigError as error:
         return [f"data.dataset: {error}"]
-    return []
+    return [] if known else [f"data.dataset: {name!r} is no DatasetSpec"]

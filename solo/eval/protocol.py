@@ -18,6 +18,7 @@ from solo.console import say
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import Chance, Crop, View
+from solo.devices import settle
 from solo.errors import ConfigError
 from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
@@ -74,7 +75,7 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
     if "trainer" in own:
         raise ConfigError("unknown key trainer: write the Trainer's arguments at the top level, e.g. max_epochs=10")
     config = bind(LinearConfig, own, also_known=trainer_arguments)
-    config.trainer = {"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer}
+    config.trainer, _ = settle({"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
     return config
 
 
