@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -94,6 +95,8 @@ def reported() -> Iterator[None]:
         except SoloError as error:
             if os.environ.get("SOLO_DEBUG"):
                 raise
+            if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(10)      # rank 0 has most likely said the same, and torchrun ends this process
             for line in str(error).splitlines():
                 print(f"{error.kind}: {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None

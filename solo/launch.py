@@ -23,7 +23,8 @@ HYDRA_FLAGS = {
     "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p",
     "--info", "-i", "--multirun", "-m", "--resolve", "--debug",
 }
-TORCHRUN = ("-m", "torch.distributed.run", "--signals-to-handle=" + ",".join(number.name for number in SIGNALS))
+TORCHRUN = ("-m", "solo.torchrun", "--signals-to-handle=" + ",".join(number.name for number in SIGNALS))
+LIBRARY = str(Path(__file__).resolve().parent.parent)       # what we start imports it, also where it is not installed
 WARNING = 120        # seconds between the signal that a SLURM job has to end and its end
 
 
@@ -74,22 +75,19 @@ def run(command: Sequence[str], own_session: bool = True) -> int:
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
-    sent: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         if child is None:
             early.append(number)
         else:
-            sent.append(number)
             child.send_signal(number)
 
+    library = os.pathsep.join([LIBRARY, *filter(None, [os.environ.get("PYTHONPATH")])])
     with hearing(forward):
-        child = subprocess.Popen(command, start_new_session=own_session)
+        child = subprocess.Popen(command, start_new_session=own_session, env={**os.environ, "PYTHONPATH": library})
         for number in early:
-            forward(number, None)
+            child.send_signal(number)
         code = child.wait()
-    if code == 1 and sent and TORCHRUN[1] in command:
-        return 128 + sent[0]                # torchrun says 1 for whatever ended its processes
     return 128 - code if code < 0 else code
 
 
@@ -256,9 +254,7 @@ def _submit(command: list[str], job: dict[str, str | int], logs: str) -> str:
         executor = submitit.SlurmExecutor(folder=logs)
     except RuntimeError as error:
         raise EnvironmentFault(f"--slurm: {error}") from error
-    # A job that runs this file needs the library, also where it is not installed.
-    library = shlex.quote(str(Path(__file__).resolve().parent.parent))
-    setup = [f"export PYTHONPATH={library}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    setup = [f"export PYTHONPATH={shlex.quote(LIBRARY)}${{PYTHONPATH:+:$PYTHONPATH}}"]
     executor.update_parameters(**job, signal_delay_s=WARNING, setup=setup, additional_parameters={"requeue": True})
     try:
         return str(executor.submit(Job(tuple(command))).job_id)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from solo import checkpoint
 from solo.console import say
-from solo.dist import gather_text, rank
+from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment
 from solo.methods import Method
@@ -52,17 +52,15 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
         ConfigError: the checkpoint does not exist, is damaged, or belongs to something else.
         EnvironmentFault: a rank cannot see the file.
     """
-    decided, error = "", None
+    decided, error = "", SoloError("refused by rank 0")
     if trainer.global_rank == 0:
         try:
             decided = json.dumps(_decide(config, run_dir, method, trainer))
         except SoloError as refused:
             error = refused
     decided = gather_text(decided, trainer.strategy.root_device)
-    if error is not None:
-        raise error
     if not decided:
-        raise SystemExit(0)                 # rank 0 speaks for all
+        end_together(error)
     path, size, complete = json.loads(decided)
     if path is not None:
         _wait_for(Path(path), size)

@@ -37,7 +37,7 @@ def dry(capsys, scripts, line):
 
 
 TORCHRUN = [
-    PYTHON, "-m", "torch.distributed.run", "--signals-to-handle=SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGUSR2",
+    PYTHON, "-m", "solo.torchrun", "--signals-to-handle=SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGUSR2",
 ]
 
 
@@ -174,6 +174,44 @@ def test_two_processes_under_torchrun(scripts):
     assert sorted(path.name for path in scripts.glob("rank*")) == ["rank0of2", "rank1of2"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ending, code, said",
+    [("sys.exit(7 * (rank == '0'))", 7, ""), ("rank == '1' and os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL\n")],
+)
+def test_torchrun_ends_as_its_processes_do(scripts, capfd, ending, code, said):
+    (scripts / "main_pretrain.py").write_text(f"import os, sys\nrank = os.environ['RANK']\n{ending}\n")
+    assert launch.main(["--processes", "2"], scripts) == code
+    assert capfd.readouterr().err == (f"environment error: {said}" if said else "")
+
+
+PAIR = """
+import os, pathlib, signal, sys, time
+def end(number, frame):
+    time.sleep(0.2)
+    pathlib.Path(f"saved{os.environ['RANK']}").touch()
+    sys.exit(0 if os.environ["RANK"] == "1" else 128 + number)
+signal.signal(signal.SIGUSR2, end)
+pathlib.Path(f"ready{os.environ['RANK']}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_all_processes_of_torchrun(scripts):
+    (scripts / "main_pretrain.py").write_text(PAIR)
+    source = LAUNCH.replace("main([]", "main(['--processes', '2']")
+    process = subprocess.Popen(
+        [PYTHON, "-c", source, str(scripts)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    for rank in (0, 1):
+        wait_for(scripts / f"ready{rank}", 60)
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR2 and said == ""
+    assert (scripts / "saved0").exists() and (scripts / "saved1").exists()
+
+
 WAITER = """
 import pathlib, signal, sys, time
 def end(number, frame):
@@ -260,12 +298,20 @@ TASK = {
 }
 
 
+SRUN = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do
+    case "$1" in --output|--error) shift;; esac
+    shift
+done
+exec "$@"
+"""
+
+
 def start_job(cluster, **environment):
     """The submitted script as slurmd would run it, with an srun that just runs its task."""
-    (cluster / "srun").write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done\nexec "$@"\n')
-    return subprocess.Popen(
-        ["bash", str(cluster / "script")], env={**os.environ, **TASK, **environment}, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    (cluster / "srun").write_text(SRUN)
+    words = ["bash", str(cluster / "script")]
+    return subprocess.Popen(words, env={**os.environ, **TASK, **environment}, stderr=subprocess.PIPE, text=True)
 
 
 def task_of(process):

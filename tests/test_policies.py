@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "callbacks": PARTS | {"data", "eval", "export"},
     "compat": BASE,
     "launch": {"errors", "registry"},
+    "torchrun": set(),
 }
 TOP = {"__init__", "experiment", "run", "start", "testing"}
 # Third-party roots that have one home.

@@ -24,17 +24,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def command(*words, cwd=None):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *map(str, words)], cwd=cwd, env=ENVIRONMENT, text=True,
+        [sys.executable, "-c", SCRIPT, *words], cwd=cwd, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front", [["main_linear.py"], ["launcher.py", "--script", "main_linear.py"]], ids=["alone", "launched"])
+@pytest.mark.parametrize("front", ["main_linear.py", "launcher.py --script main_linear.py"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_linear_evaluation(tmp_path, front, number):
     run = make_run(tmp_path / "run")
-    words = [ROOT / front[0], *front[1:], "--config-name", "linear.yaml", f"checkpoint={run}", "max_epochs=100000", "devices=1",
+    words = [*f"{ROOT}/{front}".split(), "--config-name", "linear.yaml", f"checkpoint={run}", "max_epochs=100000", "devices=1",
              "accelerator=cpu", "precision=32-true", "optimizer.batch_size=32"]
     process = command(*words, cwd=tmp_path)
     assert any(line.startswith("epoch 1/") for line in iter(process.stdout.readline, ""))

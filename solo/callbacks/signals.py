@@ -3,13 +3,13 @@
 import signal
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from solo.dist import all_reduce, world_size
+from solo.dist import all_reduce, end_together, world_size
 from solo.errors import Interrupted, hearing
 
 
@@ -81,13 +81,11 @@ class SignalGuard(Callback):
         number, wish = all_reduce(everyone).amax(0).tolist()
         return number, bool(wish)
 
-    def leave(self, trainer: pl.Trainer, number: int) -> None:
-        """Rank 0 speaks for all; the others end as if well, else Lightning would kill it on seeing them go.
+    def leave(self, trainer: pl.Trainer, number: int) -> NoReturn:
+        """End all ranks.
 
         Raises:
             Interrupted: on rank 0.
         """
-        if not trainer.is_global_zero:
-            raise SystemExit(0)
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
-        raise Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}", number)
+        end_together(Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}", number))

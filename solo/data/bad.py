@@ -11,7 +11,7 @@ import torch
 
 from solo.data.random import integers
 from solo.data.sources import BadImage, Source
-from solo.dist import gather_text, rank, world_size
+from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -97,9 +97,7 @@ class BadImages:
         self.add(map(json.loads, gather_text(own, device).splitlines()))
         self._unsaid.clear()
         if self._too_many():
-            if rank() != 0:
-                raise SystemExit(0)
-            raise DataError(self._verdict())
+            end_together(DataError(self._verdict()))
 
     def _too_many(self) -> bool:
         return self.count > self._limit * len(self._source)
