@@ -113,10 +113,15 @@ class BadImages:
 
 
 class AgreedCount(pl.Callback):
-    """Makes ``datamodule.bad`` that of all ranks, before training and after each epoch."""
+    """Makes the unreadable images of a `DataModule` those of all ranks, before training and after each epoch."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.datamodule.bad.agree(trainer.strategy.root_device)  # type: ignore[attr-defined]
+        self._agree(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.datamodule.bad.agree(trainer.strategy.root_device)  # type: ignore[attr-defined]
+        self._agree(trainer)
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        for bad in (trainer.datamodule.bad, trainer.datamodule.bad_val):  # type: ignore[attr-defined]
+            if bad is not None:
+                bad.agree(trainer.strategy.root_device)

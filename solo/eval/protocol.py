@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from solo.checkpoint import write_file
 from solo.config import bind, plain
 from solo.console import say
+from solo.data.bad import AgreedCount
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import Chance, Crop, View
@@ -81,7 +82,7 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
 
 def _trainer(config: LinearConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     try:
-        return pl.Trainer(**config.trainer, callbacks=list(callbacks), logger=CSVLogger(folder, name="csv"),
+        return pl.Trainer(**config.trainer, callbacks=[*callbacks, AgreedCount()], logger=CSVLogger(folder, name="csv"),
                           default_root_dir=folder, enable_checkpointing=False, use_distributed_sampler=False,
                           enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks))
     except (MisconfigurationException, TypeError, ValueError) as error:
