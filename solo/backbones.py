@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from solo.errors import ConfigError
+from solo.ranges import require
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,7 @@ class BackboneConfig:
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), n=1)
             raise ValueError(f"name: no timm model {self.name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        require(self, at_least_0="stem_padding")
 
 
 def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> nn.Module:
@@ -43,7 +45,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
         image_size: pixels of a side, decides ``stem: auto`` and sizes models of a fixed grid.
 
     Raises:
-        ConfigError: timm refuses the keyword arguments.
+        ConfigError: timm refuses the keyword arguments, or the model gives no features.
     """
     kwargs = dict(config.kwargs)
     is_resnet = timm.models.is_model_in_modules(config.name, ["resnet"])
@@ -51,8 +53,8 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
         kwargs.setdefault("zero_init_last", False)              # as the published recipes; timm's default is True
     try:
         model = timm.create_model(config.name, num_classes=0, in_chans=in_chans, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"backbone.kwargs do not suit {config.name}: {error}") from error
+    except Exception as error:                                  # each model has its own
+        raise _unsuitable(config, error) from error
     small = config.stem.startswith("small") or (is_resnet and config.stem == "auto" and image_size <= 64)
     if small and not is_resnet:
         raise ConfigError(f"backbone.stem={config.stem} is for ResNets, not for {config.name}")
@@ -64,10 +66,32 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
+    _try(config, model, in_chans, image_size)
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
         model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions
     return model
+
+
+def _unsuitable(config: BackboneConfig, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"backbone.kwargs do not suit {config.name}: {reason}")
+
+
+def _try(config: BackboneConfig, model: nn.Module, in_chans: int, image_size: int) -> None:
+    """One black image: some wrong keyword arguments only show then."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            feats = model.eval()(torch.zeros(1, in_chans, image_size, image_size))                  # [1, dim]
+    except Exception as error:                                  # likewise
+        raise _unsuitable(config, error) from error
+    finally:
+        model.train(training)
+    wanted = (1, getattr(model, "num_features", 0))
+    if not isinstance(feats, torch.Tensor) or feats.shape != wanted or not feats.numel():
+        got = list(feats.shape) if isinstance(feats, torch.Tensor) else type(feats).__name__
+        raise ConfigError(f"backbone.kwargs do not suit {config.name}: features [1, dim] are needed, it gives {got}")
 
 
 def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:

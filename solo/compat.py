@@ -23,7 +23,7 @@ _IGNORED = {
 # Keys with another name here.
 _MOVED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "resume_from_checkpoint": ("resume", str),
-    "auto_resume.enabled": ("resume", lambda enabled: "auto" if enabled else "never"),
+    "auto_resume.enabled": ("resume", lambda enabled: {True: "auto", False: "never"}.get(enabled, enabled)),
     "knn_eval.enabled": ("knn.enabled", lambda value: value),
     "knn_eval.k": ("knn.k", lambda k: [k] if isinstance(k, int) else k),
     "knn_eval.T": ("knn.temperature", lambda value: value),

@@ -6,6 +6,7 @@ problems at once. Defaults live in the dataclasses and nowhere else.
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -126,7 +127,7 @@ def _bind_option(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return {key: _bind_value(args[1], v, _join(path, str(key)), problems) for key, v in value.items()}
     if origin is Literal and value in args and not isinstance(value, bool):
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -148,7 +149,7 @@ def _literal_hint(hint: Any, value: Any) -> str:
 def _type_name(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return "one of " + ", ".join(dict.fromkeys(map(str, args)))
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(option) for option in args)
     if hint in (None, type(None)):
@@ -221,9 +222,13 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
                 with reported():
                     task(values(config))
 
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and does not print them in its own way
             with reported():
                 directory, sys.argv[1:] = _arguments(original[1:], script_dir / config_path, config_name)
-            hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
+                try:
+                    hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
+                except (HydraException, OmegaConfBaseException) as error:
+                    raise ConfigError(_one_line(error)) from error
 
         return command
 
@@ -283,7 +288,7 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
 def _forced(override: str, directory: Path) -> str:
     """``a.b=c`` as ``++a.b=c``, so that a key the YAML leaves out can be set; the schema judges it afterwards."""
     key, equals, _ = override.partition("=")
-    if not equals and not key.startswith("~"):
+    if (not equals and not key.startswith("~")) or not key.strip("+~"):
         raise ConfigError(f"{override!r} is not an override: write key=value")
     group = directory / key.lstrip("+~").partition("@")[0]
     if group.is_dir() or key.startswith(("~", "hydra.", "hydra/", "++")):
@@ -300,4 +305,5 @@ def _nearest_file(file: Path) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+    cause = f": {str(error.__cause__).splitlines()[0]}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip()) + cause

@@ -8,21 +8,21 @@ import warnings
 log = logging.getLogger("solo")
 
 
+def main_process() -> bool:
+    """Whether this is rank 0, as the environment says before the processes have met."""
+    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+
+
 def say(text: str) -> None:
     """Tell the user something, once for all ranks."""
-    if _speaks():
+    if main_process():
         log.info(text)
 
 
 def warn(text: str) -> None:
     """Tell the user something that is probably not meant, once for all ranks."""
-    if _speaks():
+    if main_process():
         log.warning(text)
-
-
-def _speaks() -> bool:
-    """Whether this is rank 0, also before the processes have met."""
-    return not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
 
 
 def quiet_libraries() -> None:

@@ -1,10 +1,12 @@
 """The few collectives the library needs. In one process each is the identity."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from solo.errors import SoloError
 
 
 def world_size() -> int:
@@ -75,3 +77,33 @@ def all_reduce(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def gather_text(text: str, device: torch.device | str = "cpu") -> str:
+    """What every rank says, one after the other in rank order; ``gather_text(text if rank() == 0 else "")`` is rank 0's.
+
+    Args:
+        text: may be empty.
+        device: where the group's collectives work: the GPU under NCCL.
+    """
+    said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    return bytes(gather_uneven(said).tolist()).decode()
+
+
+def end_together(error: SoloError) -> NoReturn:
+    """End every rank, where each knows that all end: rank 0 speaks, the others go as if well.
+
+    Lightning kills rank 0 when it sees another one fail.
+
+    Raises:
+        SoloError: on rank 0.
+    """
+    if rank() != 0:
+        raise SystemExit(0)
+    raise error
+
+
+def part() -> None:
+    """Leave the group for good: from here on each process is one by itself."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

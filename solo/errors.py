@@ -1,9 +1,18 @@
 """The errors a user can cause or meet. Each ends a command with one line and its own exit code."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from solo.console import main_process
+
+# The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SoloError(Exception):
@@ -51,17 +60,43 @@ class Interrupted(SoloError):
         self.exit_code = 128 + signal_number
 
 
+Handler = Callable[[int, FrameType | None], object]
+
+
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn a `SoloError` into one stderr line per problem and its exit code; ``SOLO_DEBUG=1`` keeps the traceback."""
+def hearing(handler: Handler) -> Iterator[None]:
+    """Let ``handler`` take `SIGNALS`, then give each its own handler back; outside the main thread there is none to take."""
+    main = threading.current_thread() is threading.main_thread()
+    heeded = [number for number in SIGNALS if main and signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
-    except SoloError as error:
-        if os.environ.get("SOLO_DEBUG"):
-            raise
-        for line in str(error).splitlines():
-            print(f"{error.kind}: {line}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted: nothing was running yet that could be saved", file=sys.stderr)
-        raise SystemExit(130) from None
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a `SoloError` into one stderr line per problem and its exit code; ``SOLO_DEBUG=1`` keeps the traceback.
+
+    A signal outside training gets its line too, and the exit code ``128 + signal``.
+    """
+    process = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process and main_process():
+            print(f"interrupted: {signal.Signals(number).name} outside training: nothing to save", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    with hearing(leave):
+        try:
+            yield
+        except SoloError as error:
+            if os.environ.get("SOLO_DEBUG"):
+                raise
+            if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(10)      # rank 0 has most likely said the same, and torchrun ends this process
+            for line in str(error).splitlines():
+                print(f"{error.kind}: {line}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import pytorch_lightning as pl
 
+from solo import devices
 from solo.backbones import BackboneConfig
 from solo.callbacks.checkpoint import CheckpointConfig
 from solo.callbacks.health import HealthConfig
@@ -20,7 +21,7 @@ from solo.compat import translate
 from solo.config import bind, plain
 from solo.console import say
 from solo.data.config import DataConfig
-from solo.data.datasets import DATASETS
+from solo.data.datasets import DATASETS, DatasetSpec
 from solo.data.views import View, expand
 from solo.errors import ConfigError
 from solo.eval.report import ReportConfig
@@ -39,6 +40,7 @@ _OWNED = {
     "use_distributed_sampler",
     "default_root_dir",
     "enable_progress_bar",
+    "barebones",
     "model_registry",
     "trainer",
 }
@@ -90,8 +92,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            problems.append(f"name may hold letters, digits, '_', '.' and '-', got {self.name!r}")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            problems.append(f"name may hold letters, digits, '_', and behind the first '.' and '-', got {self.name!r}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed must lie in [0, 2**32), got {self.seed}")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
         if problems:
@@ -128,7 +132,7 @@ _NOT_LEARNED = (
     *("auto_batch_size", "auto_lr"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
-    *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode", "barebones"),
+    *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),
 )
 _NOT_LEARNED_INSIDE = (
     ("data", "num_workers"),
@@ -178,6 +182,7 @@ def experiment(values: dict[str, Any]) -> Experiment:
         bound = bind(Experiment, values, also_known=[*TRAINER_ARGUMENTS, "method_kwargs", "momentum"])
     except ConfigError as error:
         problems += str(error).splitlines()
+    problems += devices.problems(trainer)
     kwargs = _method_kwargs(values.get("method"), given, momentum, problems)
     problems += _unknown_dataset(values)
     if bound is not None and kwargs is not None:
@@ -195,7 +200,9 @@ def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) 
     if not isinstance(method, str):
         return None
     try:
-        schema = METHODS[method].Config
+        schema = getattr(METHODS[method], "Config", None)
+        if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
+            raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
         if momentum is not _ABSENT and isinstance(given, dict):
             given = _with_momentum(method, schema, given, momentum)
         return bind(schema, given, "method_kwargs")
@@ -238,7 +245,7 @@ def _unknown_dataset(values: dict[str, Any]) -> list[str]:
     if not isinstance(name, str):
         return []
     try:
-        DATASETS[name]
+        known = isinstance(DATASETS[name], DatasetSpec)
     except ConfigError as error:
         return [f"data.dataset: {error}"]
-    return []
+    return [] if known else [f"data.dataset: {name!r} is no DatasetSpec"]

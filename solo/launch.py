@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from solo.errors import ConfigError, EnvironmentFault
+from solo.errors import SIGNALS, ConfigError, EnvironmentFault, hearing
 from solo.registry import suggestion
 
 PRETRAIN = "main_pretrain.py"
@@ -22,7 +23,9 @@ HYDRA_FLAGS = {
     "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p",
     "--info", "-i", "--multirun", "-m", "--resolve", "--debug",
 }
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+TORCHRUN = ("-m", "solo.torchrun", "--signals-to-handle=" + ",".join(number.name for number in SIGNALS))
+LIBRARY = str(Path(__file__).resolve().parent.parent)       # what we start imports it, also where it is not installed
+WARNING = 120        # seconds between the signal that a SLURM job has to end and its end
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +54,8 @@ def main(argv: Sequence[str], root: Path) -> int:
     job = _job(options) if options.slurm else None
     if options.dry_run:
         if job:
-            print("sbatch " + shlex.join(f"--{name.replace('_', '-')}={value}" for name, value in job.items()))
+            flags = [f"--{name.replace('_', '-')}={value}" for name, value in job.items()]
+            print("sbatch " + shlex.join([*flags, f"--signal=USR2@{WARNING}", "--requeue"]))
         print(shlex.join(["srun", *command] if job else command))
         return 0
     if job:
@@ -62,8 +66,13 @@ def main(argv: Sequence[str], root: Path) -> int:
     return run(command)
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command, hand it every signal that asks this process to end, wait, and return its exit code."""
+def run(command: Sequence[str], own_session: bool = True) -> int:
+    """Run a command, hand it every signal that asks this process to end, wait, and return its exit code.
+
+    Args:
+        command: the words.
+        own_session: a terminal's Ctrl-C reaches the child once, through us, and not a second time from the terminal.
+    """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
@@ -73,18 +82,46 @@ def run(command: Sequence[str]) -> int:
         else:
             child.send_signal(number)
 
-    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]     # nohup stays nohup
-    previous = {number: signal.signal(number, forward) for number in heeded}
-    try:
-        # A session of its own: a terminal's Ctrl-C reaches the child once, through us, and not a second time from the terminal.
-        child = subprocess.Popen(command, start_new_session=True)
+    library = os.pathsep.join([LIBRARY, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with hearing(forward):
+        child = subprocess.Popen(command, start_new_session=own_session, env={**os.environ, "PYTHONPATH": library})
         for number in early:
             child.send_signal(number)
         code = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return 128 - code if code < 0 else code
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit runs in each task of a SLURM job: the command, and the job again after a signal to save.
+
+    submitit's own handlers would act while the command still runs, and end it before it has saved.
+
+    Attributes:
+        command: the words.
+    """
+
+    command: tuple[str, ...]
+
+    def __call__(self) -> None:
+        code = run(self.command, own_session=False)
+        if code - 128 in (signal.SIGUSR1, signal.SIGUSR2) and os.environ.get("SLURM_PROCID", "0") == "0":
+            print(_requeue(os.environ.get("SLURM_JOB_ID", "")), file=sys.stderr)
+        if code:
+            raise SystemExit(code)          # no traceback, and the trainer's code is the job's
+
+
+def _requeue(job: str) -> str:
+    """Ask SLURM to start the job again; what came of it, in words."""
+    if not re.fullmatch(r"\d+(_\d+)?", job):
+        return f"not requeued: SLURM_JOB_ID={job!r} is no job's number; submit the same command to continue"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not requeued: scontrol cannot be run ({error}); submit the same command to continue"
+    if done.returncode:
+        return f"not requeued: scontrol says {' '.join(done.stderr.split())!r}; submit the same command to continue"
+    return f"requeued job {job}: it continues from its checkpoint"
 
 
 def _make_parser() -> _Parser:
@@ -156,7 +193,7 @@ def _command(options: argparse.Namespace, rest: Sequence[str], root: Path) -> li
     words += [f"accelerator={'gpu' if options.gpus else 'cpu'}", f"devices={workers}", f"num_nodes={options.nodes}"]
     if options.slurm or workers == options.nodes == 1:      # SLURM starts the processes itself
         return [sys.executable, script, *words]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers}"]
+    torchrun = [sys.executable, *TORCHRUN, f"--nproc-per-node={workers}"]
     if options.nodes == 1:
         return [*torchrun, "--standalone", script, *words]
     meeting = ["--rdzv-backend=c10d", "--rdzv-id=solo", f"--rdzv-endpoint={_rendezvous(options.rendezvous)}"]
@@ -217,5 +254,9 @@ def _submit(command: list[str], job: dict[str, str | int], logs: str) -> str:
         executor = submitit.SlurmExecutor(folder=logs)
     except RuntimeError as error:
         raise EnvironmentFault(f"--slurm: {error}") from error
-    executor.update_parameters(**job)
-    return str(executor.submit(subprocess.run, command, check=True).job_id)
+    setup = [f"export PYTHONPATH={shlex.quote(LIBRARY)}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    executor.update_parameters(**job, signal_delay_s=WARNING, setup=setup, additional_parameters={"requeue": True})
+    try:
+        return str(executor.submit(Job(tuple(command))).job_id)
+    except (RuntimeError, OSError) as error:      # sbatch refused
+        raise EnvironmentFault(f"--slurm: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from solo.errors import ConfigError
+from solo.ranges import require
 from solo.registry import Registry
 
 OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry("solo.optimizers")
@@ -55,6 +56,8 @@ class LARS(Optimizer):
         eps: float = 1e-8,
         decay_first: bool = False,
     ) -> None:
+        if not 0 <= momentum < 1 or eta <= 0 or eps < 0:
+            raise ValueError(f"momentum must be in [0, 1), eta positive, eps at least 0, got {momentum}, {eta} and {eps}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs a momentum and no dampening")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip_lr=clip_lr,
@@ -151,31 +154,45 @@ class OptimizerConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = [f"{name} must be {rule}, got {getattr(self, name)}" for name, bad, rule in (
-            ("batch_size", self.batch_size < 1, "at least 1"),
-            ("lr", self.lr <= 0, "positive"),
-            ("classifier_lr", self.classifier_lr <= 0, "positive"),
-            ("weight_decay", self.weight_decay < 0, "at least 0")) if bad]
+        require(
+            self, positive="lr classifier_lr", at_least_0="weight_decay", at_least_1="batch_size",
+            also=_kwargs_problems(self.name, self.kwargs),
+        )
+
+
+def _kwargs_problems(name: str, kwargs: Mapping[str, Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    except (ConfigError, TypeError, ValueError) as error:
+        return [f"name: {error}"]
+    known = {key: parameter for key, parameter in parameters.items() if key not in ("params", "lr", "weight_decay")}
+    problems = []
+    for key, value in sorted(kwargs.items()):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean optimizer.kwargs.{near[0]}?" if near else f"{name} has {', '.join(sorted(known))}"
+            problems.append(f"kwargs.{key} is unknown: {hint}")
+        elif isinstance(known[key].default, bool) and not isinstance(value, bool):
+            problems.append(f"kwargs.{key} must be true or false, got {value!r}")
+        elif type(known[key].default) in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            problems.append(f"kwargs.{key} must be a number, got {value!r}")
+    if not problems:
         try:
-            known = set(inspect.signature(OPTIMIZERS[self.name]).parameters) - {"params", "lr", "weight_decay"}
-        except ConfigError as error:
-            problems.append(f"name: {error}")
-        else:
-            for key in sorted(set(self.kwargs) - known):
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean optimizer.kwargs.{near[0]}?" if near else f"{self.name} has {', '.join(sorted(known))}"
-                problems.append(f"kwargs.{key} is unknown: {hint}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            _build(name, [{"params": [nn.Parameter(torch.zeros(1))]}], 1.0, 0.0, kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.append(f"kwargs do not suit {name}: {error}")
+    return problems
 
 
 def build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     """The optimizer over groups made by `parameter_groups`."""
-    optimizer = OPTIMIZERS[config.name]
-    kwargs = dict(config.kwargs)
-    if "momentum" in inspect.signature(optimizer).parameters:
-        kwargs.setdefault("momentum", 0.9)
-    return optimizer(groups, lr=config.lr, weight_decay=config.weight_decay, **kwargs)
+    return _build(config.name, groups, config.lr, config.weight_decay, config.kwargs)
+
+
+def _build(name: str, groups: list[dict[str, Any]], lr: float, weight_decay: float, kwargs: Mapping[str, Any]) -> Optimizer:
+    optimizer = OPTIMIZERS[name]
+    default = {"momentum": 0.9} if "momentum" in inspect.signature(optimizer).parameters else {}
+    return optimizer(groups, lr=lr, weight_decay=weight_decay, **{**default, **kwargs})
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from solo import backbones, checkpoint, optim
 from solo.callbacks.checkpoint import Checkpointer
@@ -26,15 +27,18 @@ from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
 from solo.config import load
 from solo.console import quiet_libraries, say
+from solo.data.bad import AgreedCount
 from solo.data.datasets import DATASETS, statistics
 from solo.data.module import DataModule
 from solo.data.resume import SettledCounters
 from solo.data.views import expand
 from solo.devices import settle
+from solo.dist import part
 from solo.errors import ConfigError, EnvironmentFault
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
+from solo.start import begin, meet
 from solo.tuning import tuned
 
 
@@ -109,55 +113,39 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     global_batch = config.optimizer.batch_size * processes
     run_dir = config.run_dir(global_batch)
     method = _method(config, _in_chans(config))
-    method.check(global_batch, [view.crop_size for view in expand(config.augmentations)])
+    _check(config, method, global_batch)
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
-    start = _start(config, run_dir, method)
-    complete = start is not None and _complete(start, trainer)
-    if start is not None and complete:
-        say(f"{run_dir} is complete: nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
-        method.load_state_dict(checkpoint.read(start)["state_dict"])
+    meet(trainer)
+    start = begin(config, run_dir, method, trainer)
+    if start.path is not None and start.complete:
+        say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
+        method.load_state_dict(checkpoint.read(start.path)["state_dict"])
     else:
         _write_config(config, run_dir)
-        trainer.fit(method, datamodule=data, ckpt_path=start)
+        _fit(trainer, method, data, start.path)
     if data.bad.count:
         say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
     last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
-    if config.report.enabled and trainer.world_size == 1 and not (complete and (run_dir / "report.png").exists()):
+    if trainer.world_size > 1:
+        part()                              # the report is rank 0's alone
+    if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
         report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
 
 
-def _start(config: Experiment, run_dir: Path, method: Method) -> Path | None:
-    """The checkpoint to continue from. "From scratch" is a decision, never a fallback."""
-    folder = run_dir / "checkpoints"
-    if config.resume == "never":
-        if _rank() == 0 and run_dir.exists():
-            old = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.old{n}")).exists())
-            run_dir.rename(old)
-            say(f"resume=never: starting anew; the earlier run is now {old}")
-        return None
-    start = checkpoint.newest(folder) if config.resume == "auto" else checkpoint.resolve(config.resume, "resume")
-    if start is None:
-        return None
-    content = checkpoint.read(start)
-    written = json.loads(content["solo"])["method"]
-    if written != config.method:
-        raise ConfigError(f"{start} was written by method {written!r}, but method={config.method}")
-    if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
-        raise ConfigError(f"{start} does not fit this model: {problem}")
-    say(f"continuing {start} (epoch {content['epoch']}, step {content['global_step']})")
-    for key, (then, now) in config.changes(json.loads(content["solo"])["config"]).items():
-        say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
-    return start
+def _check(config: Experiment, method: Method, global_batch: int) -> None:
+    method.check(global_batch, [view.crop_size for view in expand(config.augmentations)])
+    if config.optimizer.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in method.modules()):
+        raise ConfigError("optimizer.batch_size=1: BatchNorm needs at least 2 images per process")
 
 
-def _complete(start: Path, trainer: pl.Trainer) -> bool:
-    content = checkpoint.read(start)
-    progress = content["loops"]["fit_loop"]
-    done = progress["epoch_progress"]["current"]["completed"]
-    return done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0
+def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None) -> None:
+    try:
+        trainer.fit(method, datamodule=data, ckpt_path=start)
+    except MisconfigurationException as error:
+        raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
 
 def _rank() -> int:
@@ -204,6 +192,7 @@ def _trainer(
         MetricsLogger(),
         RunProgress(),
         SettledCounters(),
+        AgreedCount(),
         Checkpointer(config.checkpoint, run_dir, provenance),
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
@@ -262,4 +251,4 @@ def main(values: dict[str, Any]) -> None:
     quiet_libraries()
     config = experiment(values)
     result = pretrain(config)
-    say(f"checkpoint: {result.checkpoint}\nrun directory: {result.run_dir}")
+    say(f"checkpoint: {result.checkpoint}" if result.checkpoint else "no checkpoint: checkpoint.enabled=false")

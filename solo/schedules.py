@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from solo.ranges import require
+
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
@@ -24,10 +26,12 @@ class SchedulerConfig:
     lr_decay_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must not be negative, got {self.warmup_epochs}")
+        also = []
         if self.name == "step" and not self.lr_decay_steps:
-            raise ValueError("lr_decay_steps must list the epochs at which the step schedule decays")
+            also.append("lr_decay_steps must list the epochs at which the step schedule decays")
+        if min(self.lr_decay_steps or [0]) < 0:
+            also.append(f"lr_decay_steps must not be negative, got {self.lr_decay_steps}")
+        require(self, positive="lr_decay_factor", at_least_0="warmup_epochs warmup_start_lr min_lr", also=also)
 
 
 def warmup_cosine(

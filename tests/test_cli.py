@@ -60,7 +60,7 @@ WRONG = {
     ("backbone.kwargs.width=3",): ["backbone.kwargs do not suit resnet18"],
     ("optimizer.name=larss",): ["optimizer.name: no 'larss' in solo.optimizers, did you mean 'lars'?"],
     ("optimizer.kwargs.clip_lrr=true",): ["optimizer.kwargs.clip_lrr is unknown: did you mean optimizer.kwargs.clip_lr?"],
-    ("scheduler.warmup_epochs=-1",): ["scheduler.warmup_epochs must not be negative, got -1"],
+    ("scheduler.warmup_epochs=-1",): ["scheduler.warmup_epochs must be at least 0, got -1"],
     ("method_kwargs.queue_size=30",): ["method_kwargs.queue_size=30 is not a multiple of the global batch 8: use 24 or 32"],
     ("method=all4one", "method_kwargs.proj_output_dim=100"): ["proj_output_dim=100 is not divisible by heads=8: use 96 or 104"],
     ("optimizer.batch_size=128", "method_kwargs.queue_size=128"): ["0 steps"],
@@ -73,9 +73,46 @@ WRONG = {
     ("resume=text.ckpt",): ["text.ckpt cannot be loaded as tensors and plain values"],
     ("callbacks=[]",): ["callbacks is decided by the run itself and cannot be set"],
     ("name=../../x",): ["name may hold letters"],
-    ("precision=fp3",): ["the Trainer refuses its arguments"],
+    ("precision=fp3",): ["precision must be one of 32-true", "got 'fp3'"],
+    ("precision=64-true",): ["precision must be one of"],
     ("accelerator=gpu",): ["no usable GPU"],
     ("loggers=[csvv]",): ["loggers[0] must be one of csv, tensorboard", "did you mean csv"],
+    ("method_kwargs.temperature=0", "seed=-1"): ["method_kwargs.temperature must be positive, got 0", "seed must lie in [0"],
+    ("method_kwargs.temperature=nan",): ["method_kwargs.temperature must be a number, got nan"],
+    ("method_kwargs.queue_size=0", "method_kwargs.proj_output_dim=-8"): ["queue_size must be at least 1", "proj_output_dim"],
+    ("method=all4one", "method_kwargs={depth: 0, heads: 0, dropout: 2}"): ["depth must", "heads must", "dropout must"],
+    ("method=all4one", "method_kwargs.transformer_lr=-1"): ["method_kwargs.transformer_lr must be at least 0, got -1"],
+    ("method=math:sqrt",): ["method: 'math:sqrt' is no method"],
+    ("method_kwargs=[1]",): ["Error merging override ++method_kwargs=[1]: Cannot merge DictConfig with ListConfig"],
+    ("optimizer.kwargs.momentum=-1",): ["optimizer.kwargs do not suit lars: momentum must be in [0, 1)"],
+    ("optimizer.kwargs.eta=x",): ["optimizer.kwargs.eta must be a number, got 'x'"],
+    ("optimizer.kwargs.clip_lr=maybe",): ["optimizer.kwargs.clip_lr must be true or false, got 'maybe'"],
+    ("optimizer.kwargs.nesterov=true", "optimizer.kwargs.momentum=0"): ["nesterov needs a momentum"],
+    ("optimizer.lr=inf",): ["optimizer.lr must be a number, got inf"],
+    ("optimizer.batch_size=1", "method_kwargs.queue_size=8"): ["BatchNorm needs at least 2 images per process"],
+    ("scheduler.lr_decay_factor=-1",): ["scheduler.lr_decay_factor must be positive, got -1"],
+    ("strategy=ddp_spawn",): ["strategy must be one of auto, ddp", "got 'ddp_spawn'"],
+    ("accelerator=tpu",): ["accelerator must be one of auto, cpu, gpu, cuda, mps, got 'tpu'"],
+    ("devices=",): ["devices must be how many, a list of GPU numbers, or auto, got ''"],
+    ("devices=[0,0]",): ["devices=[0, 0] names a device twice"],
+    ("devices=1,2",): ["Ambiguous value for argument '++devices=1,2'"],
+    ("num_nodes=0",): ["num_nodes must be at least 1, got 0"],
+    ("num_nodes=2",): ["num_nodes=2 needs the same command on each node: start it with launcher.py --nodes 2"],
+    ("limit_train_batches=0",): ["limit_train_batches must be positive, got 0"],
+    ("max_time=3",): ["max_time must be text or a block of keys or null, got 3"],
+    ("max_time=00:00:00:00",): ["max_time must be positive, got 00:00:00:00"],
+    ("gradient_clip_val=-1", "accumulate_grad_batches=0", "seed=x"): ["gradient_clip_val must", "accumulate_grad_batches must"],
+    ("benchmark=3",): ["benchmark must be true or false or null, got 3"],
+    ("barebones=true",): ["barebones is decided by the run itself and cannot be set"],
+    ("checkpoint.minutes=-1",): ["checkpoint.minutes must be at least 0, got -1"],
+    ("backbone.kwargs={channels: [4, 4]}",): ["backbone.kwargs do not suit resnet18"],
+    ("backbone.kwargs.block=x",): ["backbone.kwargs do not suit resnet18: 'str' object has no attribute 'expansion'"],
+    ("backbone.kwargs.features_only=true",): ["resnet18: features [1, dim] are needed, it gives list"],
+    ("augmentations={}",): ["Error merging override ++augmentations={}: Cannot merge DictConfig with ListConfig"],
+    ("augmentations=text",): ["augmentations must be a list, got 'text'"],
+    ("augmentations=[{crop_size: 16}]",): ["augmentations: NNCLR takes 2 views of one size, got crops of 16 px"],
+    ("data.dataset=math:sqrt",): ["data.dataset: 'math:sqrt' is no DatasetSpec"],
+    ("=3",): ["'=3' is not an override: write key=value"],
     ("nonsense",): ["'nonsense' is not an override: write key=value"],
     ("optimizer.lr=${nope}",): ["nope"],
     ("data.train_path=???",): ["data.train_path has to be given: add data.train_path=..."],
@@ -110,7 +147,9 @@ def test_wrong_input_is_one_clear_line(cli, tmp_path, arguments, monkeypatch):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     code, errors, _ = cli(*arguments)
     assert code == 5 if arguments in MACHINE else code in (2, 3)
-    assert len(errors) == (2 if {"seed=x", "name=???"} & set(arguments) else 1), errors
+    several = {"seed=x": len(arguments), "name=???": 2, "seed=-1": 2, "method_kwargs.queue_size=0": 2}
+    several["method_kwargs={depth: 0, heads: 0, dropout: 2}"] = 3
+    assert len(errors) == max(several.get(argument, 1) for argument in arguments), errors
     for expected in WRONG[arguments]:
         assert expected in "\n".join(errors)
     assert "Traceback" not in "\n".join(errors) and not (tmp_path / "runs").exists()

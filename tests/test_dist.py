@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from solo.dist import gather, gather_uneven
+from solo.dist import gather, gather_text, gather_uneven
 from solo.losses import nnclr_loss_func
 from solo.nn import Queue
 from solo.testing import Case, run_ranks
@@ -65,3 +65,13 @@ def test_copying_a_method_keeps_its_teacher_on_the_copy():
     model.teacher.momentum.base_tau = 0.0
     model.teacher.update(0.0)
     assert torch.equal(model.teacher[1][0].weight, model.projector[0].weight)
+
+
+def said(rank, *texts):
+    return gather_text(texts[rank])
+
+
+@pytest.mark.parametrize("texts", [("a", "bü\n"), ("", "only one"), ("rank 0's", ""), ("", "")])
+def test_texts_of_all_ranks_in_rank_order(texts):
+    assert run_ranks(said, *texts) == ["".join(texts)] * 2
+    assert gather_text(texts[0]) == texts[0]

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from solo import launch
+from solo import checkpoint, launch
 from solo.errors import ConfigError, EnvironmentFault
+from tests.tiny import values
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -34,7 +36,9 @@ def dry(capsys, scripts, line):
     return [shlex.split(printed) for printed in capsys.readouterr().out.splitlines()]
 
 
-TORCHRUN = [PYTHON, "-m", "torch.distributed.run"]
+TORCHRUN = [
+    PYTHON, "-m", "solo.torchrun", "--signals-to-handle=SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGUSR2",
+]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,8 @@ def test_slurm_starts_the_processes_itself(capsys, scripts):
         "--mem=64GB",
         "--time=1530",
         "--partition=gpu",
+        "--signal=USR2@120",
+        "--requeue",
     ]
     assert command == [
         "srun",
@@ -166,6 +172,44 @@ def test_two_processes_under_torchrun(scripts):
     )
     assert launch.main(["--processes", "2"], scripts) == 0
     assert sorted(path.name for path in scripts.glob("rank*")) == ["rank0of2", "rank1of2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ending, code, said",
+    [("sys.exit(7 * (rank == '0'))", 7, ""), ("rank == '1' and os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL\n")],
+)
+def test_torchrun_ends_as_its_processes_do(scripts, capfd, ending, code, said):
+    (scripts / "main_pretrain.py").write_text(f"import os, sys\nrank = os.environ['RANK']\n{ending}\n")
+    assert launch.main(["--processes", "2"], scripts) == code
+    assert capfd.readouterr().err == (f"environment error: {said}" if said else "")
+
+
+PAIR = """
+import os, pathlib, signal, sys, time
+def end(number, frame):
+    time.sleep(0.2)
+    pathlib.Path(f"saved{os.environ['RANK']}").touch()
+    sys.exit(0 if os.environ["RANK"] == "1" else 128 + number)
+signal.signal(signal.SIGUSR2, end)
+pathlib.Path(f"ready{os.environ['RANK']}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_all_processes_of_torchrun(scripts):
+    (scripts / "main_pretrain.py").write_text(PAIR)
+    source = LAUNCH.replace("main([]", "main(['--processes', '2']")
+    process = subprocess.Popen(
+        [PYTHON, "-c", source, str(scripts)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    for rank in (0, 1):
+        wait_for(scripts / f"ready{rank}", 60)
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR2 and said == ""
+    assert (scripts / "saved0").exists() and (scripts / "saved1").exists()
 
 
 WAITER = """
@@ -239,14 +283,110 @@ def test_a_slurm_job_is_submitted_and_runs_the_command(scripts, cluster, capsys)
     for asked in ("--nodes=1", "--ntasks-per-node=2", "--time=90", "--account=lab", "--cpus-per-task=4", "--job-name=solo"):
         assert f"#SBATCH {asked}\n" in script
     assert "gpus" not in script
+    assert "#SBATCH --signal=USR2@120\n" in script and "#SBATCH --requeue\n" in script
     (pickled,) = (scripts / "runs" / "slurm").glob("*.pkl")
     from submitit.core.utils import DelayedSubmission
 
     job = DelayedSubmission.load(pickled)
-    assert job.function is subprocess.run and job.kwargs == {"check": True}
-    assert job.args == (
-        [PYTHON, "main_pretrain.py", *launch.QUICK_START, "name=a b", "accelerator=cpu", "devices=2", "num_nodes=1"],
-    )
+    words = (PYTHON, "main_pretrain.py", *launch.QUICK_START, "name=a b", "accelerator=cpu", "devices=2", "num_nodes=1")
+    assert job.function == launch.Job(words) and not job.args and not job.kwargs
+
+
+TASK = {
+    "SLURM_JOB_ID": "31", "SLURM_JOB_NAME": "solo", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODEID": "0",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NUM_NODES": "1", "OMP_NUM_THREADS": "1",
+}
+
+
+SRUN = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do
+    case "$1" in --output|--error) shift;; esac
+    shift
+done
+exec "$@"
+"""
+
+
+def start_job(cluster, **environment):
+    """The submitted script as slurmd would run it, with an srun that just runs its task."""
+    (cluster / "srun").write_text(SRUN)
+    words = ["bash", str(cluster / "script")]
+    return subprocess.Popen(words, env={**os.environ, **TASK, **environment}, stderr=subprocess.PIPE, text=True)
+
+
+def task_of(process):
+    """The task that the batch script waits for."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+SAVER = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(0.5)
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, save)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the task in /proc")
+@pytest.mark.parametrize(
+    "number, scontrol",
+    [(signal.SIGTERM, "works"), *((signal.SIGUSR2, scontrol) for scontrol in ("works", "fails", "is absent"))],
+)
+def test_a_slurm_job_saves_first_and_is_requeued_when_its_time_ends(scripts, cluster, number, scontrol):
+    (scripts / "main_pretrain.py").write_text(SAVER)
+    if scontrol != "is absent":
+        body = "echo busy >&2; exit 1" if scontrol == "fails" else f'echo "$@" > {cluster}/asked'
+        (cluster / "scontrol").write_text(f"#!/bin/sh\n{body}\n")
+        (cluster / "scontrol").chmod(stat.S_IRWXU)
+    assert launch.main(shlex.split("--slurm --processes 1 --time 90"), scripts) == 0
+    job = start_job(cluster)
+    wait_for(scripts / "ready")
+    os.kill(task_of(job), number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + number and (scripts / "saved").exists() and "Traceback" not in said
+    if number == signal.SIGTERM:
+        assert "requeue" not in said and not (cluster / "asked").exists()
+    elif scontrol == "works":
+        assert (cluster / "asked").read_text() == "requeue 31\n" and "requeued job 31" in said
+    else:
+        assert f"not requeued: scontrol {'says' if scontrol == 'fails' else 'cannot be run'}" in said
+
+
+def test_a_strange_job_number_is_not_handed_to_scontrol(cluster):
+    assert "is no job's number" in launch._requeue("31; rm -rf /")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the task in /proc")
+def test_a_requeued_job_continues(tmp_path, cluster, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = values("nnclr", "runs", data={"train_size": 2048}, max_epochs=2, knn={"enabled": False})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    line = "--slurm --processes 1 --time 90 --config-path . --config-name tiny.yaml resume=never"
+    assert launch.main(shlex.split(line), ROOT) == 0
+    (cluster / "scontrol").write_text("#!/bin/sh\n")
+    (cluster / "scontrol").chmod(stat.S_IRWXU)
+    job = start_job(cluster)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/last.ckpt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(task_of(job), signal.SIGUSR2)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 128 + signal.SIGUSR2, said
+    assert "SIGUSR2 at epoch 2" in said and "requeued job 31" in said
+    (run_dir,) = (tmp_path / "runs").glob("nnclr-*")
+    before = checkpoint.read(run_dir / "last.ckpt")["global_step"]
+    again = start_job(cluster, SLURM_RESTART_COUNT="1")
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert [path.name for path in (tmp_path / "runs").glob("nnclr-*")] == [run_dir.name]
+    assert 256 < before < checkpoint.read(run_dir / "last.ckpt")["global_step"] == 512
 
 
 def test_no_slurm_here(scripts, monkeypatch):

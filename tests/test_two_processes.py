@@ -1,5 +1,6 @@
 """Two processes, started by Lightning as a user's command starts them: one run, one voice, and they leave together."""
 
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 def start(folder, *arguments):
     """``main_pretrain.py`` with two processes; 32 steps in each of two epochs."""
-    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=2, devices=2)
+    report = {"enabled": True, "points": 50, "images": 2, "max_train": 200}
+    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=2, devices=2, report=report)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -50,11 +52,22 @@ def whole(tmp_path_factory):
 def test_one_run_directory_and_one_voice(whole):
     folder, out, err, final = whole
     assert not err and len(out) == len(set(out)), out
-    assert sum(line.startswith("epoch ") for line in out) == 2 and sum("run directory" in line for line in out) == 1
+    assert sum(line.startswith("epoch ") for line in out) == 2
+    assert [line.endswith("(new)") for line in out if "run directory" in line] == [True]
     assert [path.name for path in folder.iterdir() if path.name != "tiny.yaml"] == ["runs"]
     (run_dir,) = (folder / "runs").iterdir()
     assert sorted(path.name for path in (run_dir / "csv").iterdir()) == ["version_0"]
     assert final["global_step"] == 64 and final["DataModule"]["global_batch"] == 16
+
+
+def test_the_report_is_made_as_by_one_process(whole):
+    folder, out, *_ = whole
+    (run_dir,) = (folder / "runs").iterdir()
+    rows = json.loads((run_dir / "results.json").read_text())["comparison"]["results"]
+    assert [row["features"] for row in rows] == ["trained backbone", "same backbone, untrained", "raw pixels"]
+    assert {(row["train_images"], row["test_images"]) for row in rows} == {(200, 256)}
+    assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sum(line.startswith("picture: ") for line in out) == 1
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second process in /proc")
@@ -67,14 +80,14 @@ def test_a_signal_to_either_ends_both_and_the_same_command_continues(whole, tmp_
     (second,) = children(running)
     os.kill(running.pid if target == "parent" else second, signal.SIGTERM)
     _, err = finished(running, 128 + signal.SIGTERM)
-    assert len(err) == 1 and "SIGTERM at epoch 1" in err[0] and "run the same command to continue" in err[0], err
+    assert len(err) == 1 and "SIGTERM at epoch 2" in err[0] and "run the same command to continue" in err[0], err
     deadline = time.monotonic() + 20
     while Path(f"/proc/{second}").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not Path(f"/proc/{second}").exists()
 
     out, err = finished(start(tmp_path), 0)
-    assert sum("continuing" in line for line in out) == 1 and not err
+    assert sum("run directory" in line and "continuing step-" in line for line in out) == 1 and not err
     *_, final = whole
     resumed = checkpoint.read(next(tmp_path.glob("runs/*/last.ckpt")))
     assert all(torch.equal(resumed["state_dict"][key], value) for key, value in final["state_dict"].items())

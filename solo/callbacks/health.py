@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
-from solo.dist import all_reduce, rank, world_size
+from solo.dist import all_reduce, end_together, rank, world_size
 from solo.errors import NumericsError
 
 log = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class FiniteGuard(Callback):
         found = all_reduce(torch.stack([loss_bad, gradient_bad]).float()).tolist()  # the one host sync of a step
         if any(found):
             what, step = "loss" if found[0] else "gradient", trainer.global_step
-            raise NumericsError(
+            end_together(NumericsError(
                 f"non-finite {what} at step {step + 1} (epoch {trainer.current_epoch + 1}): "
                 f"stopped before the update, so the weights are those of step {step}; "
                 "lower optimizer.lr, lengthen scheduler.warmup_epochs, or set precision=32-true"
-            )
+            ))
 
 
 class Health(FiniteGuard):
@@ -130,7 +130,7 @@ class Health(FiniteGuard):
         self._told.add(kind)
         text = _WARNINGS[kind].format(**facts)
         if self.config.stop_on_collapse and kind != "plateau":
-            raise NumericsError(f"{text} (health.stop_on_collapse)")
+            end_together(NumericsError(f"{text} (health.stop_on_collapse)"))
         if rank() == 0:
             log.warning("%s", text)
 

@@ -1,8 +1,10 @@
 """Where the run is and how fast it goes: a live bar on a terminal, one line per epoch elsewhere."""
 
+import logging
+import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
@@ -32,6 +34,7 @@ class RunProgress(ProgressBar):
         self.console = console or Console()
         self._enabled = True
         self._live: Live | None = None
+        self._log_streams: dict[logging.StreamHandler[TextIO], TextIO] = {}
         self._epoch_number, self._batch, self._validating = 0, 0, False
         self._images, self._waited, self._busy = 0, 0.0, 0.0
         self._validation: dict[str, float] = {}
@@ -59,8 +62,7 @@ class RunProgress(ProgressBar):
         self._first_step = trainer.global_step
         self._epoch_number = trainer.current_epoch + 1          # a run resumed in mid-epoch starts none
         if self._enabled and (self.console.is_jupyter or self.console.file.isatty()):
-            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8)
-            self._live.start()
+            self._start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_number, self._batch = trainer.current_epoch + 1, 0
@@ -103,8 +105,23 @@ class RunProgress(ProgressBar):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
 
+    def _start(self) -> None:
+        """Show the bar; what is printed or logged meanwhile appears above it."""
+        before = sys.stdout, sys.stderr
+        self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8)
+        self._live.start()                                      # stands in for both streams, for whoever looks them up
+        moved = dict(zip(before, (sys.stdout, sys.stderr), strict=True))
+        loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+        for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in moved:
+                self._log_streams[handler] = handler.stream
+                handler.setStream(moved[handler.stream])
+
     def _stop(self) -> None:
         if self._live is not None:
+            for handler, stream in self._log_streams.items():
+                handler.setStream(stream)
+            self._log_streams = {}
             self._live.stop()
             self._live = None
 

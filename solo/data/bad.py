@@ -1,13 +1,17 @@
 """Unreadable images: replaced, named once, counted, and too many of them an error."""
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytorch_lightning as pl
+import torch
 
 from solo.data.random import integers
 from solo.data.sources import BadImage, Source
+from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ def load_or_replace(source: Source, seed: int, epoch: int, index: int) -> tuple[
 
 
 class BadImages:
-    """The unreadable images of one source met so far.
+    """The unreadable images of one source met so far, by this process until `agree`, then by all.
 
     Args:
         limit: largest accepted share of the source.
@@ -54,6 +58,7 @@ class BadImages:
         self._source, self._limit, self._fate = source, limit, fate
         self.report_dir = report_dir
         self._reasons: dict[int, str] = {}
+        self._unsaid: set[int] = set()
 
     @property
     def count(self) -> int:
@@ -62,7 +67,7 @@ class BadImages:
     @property
     def names(self) -> list[str]:
         """In dataset order."""
-        return [self._source.name(i) for i in sorted(self._reasons)]
+        return [self._source.name(i) for i in self.index]
 
     @property
     def index(self) -> list[int]:
@@ -72,14 +77,33 @@ class BadImages:
         """Take note of (index, reason) pairs; each image is logged once.
 
         Raises:
-            DataError: more than the accepted share is unreadable.
+            DataError: more than the accepted share is unreadable; with several ranks `agree` says so, on all of them.
         """
         for index, reason in failed:
             if index not in self._reasons:
                 self._reasons[index] = reason
-                log.warning("unreadable image %s (%s): %s", self._source.name(index), reason, self._fate)
-        if self.count > self._limit * len(self._source):
+                self._unsaid.add(index)
+                if rank() == 0:
+                    log.warning("unreadable image %s (%s): %s", self._source.name(index), reason, self._fate)
+        if world_size() == 1 and self._too_many():
             raise DataError(self._verdict())
+
+    def agree(self, device: torch.device | str) -> None:
+        """Let all ranks know what each has met since the last time.
+
+        Raises:
+            DataError: more than the accepted share is unreadable; rank 0 speaks, the others leave.
+        """
+        if world_size() == 1:
+            return
+        own = "".join(json.dumps([index, self._reasons[index]]) + "\n" for index in sorted(self._unsaid))
+        self.add(map(json.loads, gather_text(own, device).splitlines()))
+        self._unsaid.clear()
+        if self._too_many():
+            end_together(DataError(self._verdict()))
+
+    def _too_many(self) -> bool:
+        return self.count > self._limit * len(self._source)
 
     def _verdict(self) -> str:
         share = f"{self.count} of {len(self._source)} images cannot be read, more than data.max_bad_fraction={self._limit:g}"
@@ -89,3 +113,18 @@ class BadImages:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{self._source.name(i)}\t{self._reasons[i]}\n" for i in self.index), encoding="utf-8")
         return f"{share}; listed in {path}"
+
+
+class AgreedCount(pl.Callback):
+    """Makes the unreadable images of a `DataModule` those of all ranks, before training and after each epoch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._agree(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._agree(trainer)
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        for bad in (trainer.datamodule.bad, trainer.datamodule.bad_val):  # type: ignore[attr-defined]
+            if bad is not None:
+                bad.agree(trainer.strategy.root_device)

@@ -15,9 +15,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from solo.checkpoint import write_file
 from solo.config import bind, plain
 from solo.console import say
+from solo.data.bad import AgreedCount
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import Chance, Crop, View
+from solo.devices import settle
 from solo.errors import ConfigError
 from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
@@ -74,13 +76,13 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
     if "trainer" in own:
         raise ConfigError("unknown key trainer: write the Trainer's arguments at the top level, e.g. max_epochs=10")
     config = bind(LinearConfig, own, also_known=trainer_arguments)
-    config.trainer = {"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer}
+    config.trainer, _ = settle({"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
     return config
 
 
 def _trainer(config: LinearConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     try:
-        return pl.Trainer(**config.trainer, callbacks=list(callbacks), logger=CSVLogger(folder, name="csv"),
+        return pl.Trainer(**config.trainer, callbacks=[*callbacks, AgreedCount()], logger=CSVLogger(folder, name="csv"),
                           default_root_dir=folder, enable_checkpointing=False, use_distributed_sampler=False,
                           enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks))
     except (MisconfigurationException, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from solo.batch import Batch
 from solo.losses import all4one_loss_func
 from solo.methods.base import METHODS, Method
 from solo.nn import Momentum, Queue, Teacher, mlp, neighbour_accuracy, unit
+from solo.ranges import require
 
 
 @METHODS.register("all4one")
@@ -43,12 +44,15 @@ class All4One(Method):
         momentum: Momentum = field(default_factory=Momentum)
 
         def __post_init__(self) -> None:
-            out, heads = self.proj_output_dim, self.heads
-            if out % heads:
+            out, heads, also = self.proj_output_dim, self.heads, []
+            if heads > 0 and out % heads:
                 below, above = out // heads * heads, -(-out // heads) * heads
-                raise ValueError(f"proj_output_dim={out} is not divisible by heads={heads}: use {below or above} or {above}")
+                also.append(f"proj_output_dim={out} is not divisible by heads={heads}: use {below or above} or {above}")
             if not 2 <= self.neighbours <= self.queue_size:
-                raise ValueError(f"neighbours must lie between 2 and queue_size, got {self.neighbours}")
+                also.append(f"neighbours must lie between 2 and queue_size, got {self.neighbours}")
+            sizes = "proj_hidden_dim proj_output_dim pred_hidden_dim queue_size depth heads"
+            require(self, positive="temperature centroid_temperature", at_least_0="transformer_lr", at_least_1=sizes,
+                    below_1="dropout", also=also)
 
     local_terms = {"feature": 0.5}      # as published
     position: Tensor

@@ -9,6 +9,7 @@ from solo.batch import Batch
 from solo.losses import nnclr_loss_func
 from solo.methods.base import METHODS, Method
 from solo.nn import Queue, mlp, neighbour_accuracy
+from solo.ranges import require
 
 
 @METHODS.register("nnclr")
@@ -24,6 +25,9 @@ class NNCLR(Method):
         proj_output_dim: int = 256
         pred_hidden_dim: int = 4096
         queue_size: int = 65536
+
+        def __post_init__(self) -> None:
+            require(self, positive="temperature", at_least_1="proj_hidden_dim proj_output_dim pred_hidden_dim queue_size")
 
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)

@@ -2,8 +2,11 @@
 
 import csv
 import io
+import logging
+import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
@@ -110,3 +113,28 @@ def test_progress_is_live_on_a_terminal_and_stops_on_errors():
     bar = RunProgress(Console(file=out, width=100, force_terminal=True))
     fit([metrics, bar], log_every_n_steps=1)
     assert "epoch 2/2" in out.getvalue() and "6/6" in out.getvalue() and bar._live is None
+
+
+def test_what_is_said_while_the_bar_runs_stays_above_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Speaker(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                logging.getLogger("solo.speaker").warning("an image is bad")
+                print("and a print", file=sys.stderr)
+
+    out, early = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", early)
+    handler = logging.StreamHandler(sys.stdout)         # as `quiet_libraries` makes it, before there is a bar
+    logging.root.addHandler(handler)
+    try:
+        fit([Speaker(), MetricsLogger(), RunProgress(Console(file=out, width=100, force_terminal=True))], max_epochs=1)
+    finally:
+        logging.root.removeHandler(handler)
+    shown = out.getvalue().splitlines()
+    assert sum("an image is bad" in line for line in shown) == 1 and any("and a print" in line for line in shown)
+    assert "epoch 1/1" in "".join(shown[-3:])                                       # the bar is below
+    assert "bad" not in early.getvalue() and handler.stream is early                # nothing went behind its back

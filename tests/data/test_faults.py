@@ -18,6 +18,7 @@ from solo.data.module import DataConfig, DataModule
 from solo.data.sources import BadImage, FakeSource, decode
 from solo.data.views import View
 from solo.errors import ConfigError, DataError, EnvironmentFault
+from solo.testing import run_ranks
 from tests.data.common import make_folder, picture
 
 VIEWS = [View(crop_size=16)]
@@ -261,3 +262,27 @@ def test_a_hung_or_killed_worker_stops_the_run(source: type[FakeSource], said: s
         next(iter(data.train_dataloader()))
     data.teardown("fit")
     assert time.monotonic() - started < 10
+
+
+def bad_of_two(rank: int, folder_: Path, limit: float) -> tuple[list[str], str, str]:
+    """Each rank meets every image of its half; together they are what one process meets."""
+    data = folder(folder_, engine="torchvision", num_workers=0, max_bad_fraction=limit, batch_size=6)
+    data.report_dir = folder_.parent / "run"
+    ended = ""
+    list(data.train_dataloader())
+    try:
+        data.bad.agree("cpu")
+        data.bad.agree("cpu")  # nothing new
+    except (DataError, SystemExit) as error:
+        ended = f"{type(error).__name__} {error}"
+    return data.bad.names, ended, "".join(data.bad._reasons[i] for i in data.bad.index)
+
+
+def test_bad_images_are_those_of_all_ranks(tmp_path: Path) -> None:
+    bad = [str(path) for path in bad_folder(tmp_path / "images")]
+    (first, ended, reasons), (second, other, same) = run_ranks(bad_of_two, tmp_path / "images", 0.2)
+    assert first == second == bad and reasons == same and not ended and not other
+    # 3 of 60 would pass a limit of 4 on each rank alone; the 5 of both do not
+    (_, ended, _), (_, other, _) = run_ranks(bad_of_two, tmp_path / "images", 4 / 60)
+    assert ended.startswith("DataError 5 of 60 images cannot be read") and other == "SystemExit 0"
+    assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 5

@@ -1,0 +1,125 @@
+"""Where a run begins: anew, or at which checkpoint. Rank 0 decides, says so, and all follow."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from solo import checkpoint
+from solo.console import say
+from solo.dist import end_together, gather_text, rank
+from solo.errors import ConfigError, EnvironmentFault, SoloError
+from solo.experiment import Experiment
+from solo.methods import Method
+
+_PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    Attributes:
+        path: the checkpoint to continue from, None for a new run.
+        complete: nothing is left to train.
+    """
+
+    path: Path | None
+    complete: bool
+
+
+def meet(trainer: pl.Trainer) -> None:
+    """Start the other processes now, not in ``fit``, so that they can agree before anything is read."""
+    launcher = trainer.strategy.launcher
+    if trainer.world_size > 1 and launcher is not None:
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+
+
+def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> Start:
+    """Rank 0's decision, the same on every rank. "From scratch" is one, never a fallback.
+
+    Args:
+        config: the run.
+        run_dir: its directory.
+        method: what the checkpoint must fit.
+        trainer: knows how long the run is; its processes have met.
+
+    Raises:
+        ConfigError: the checkpoint does not exist, is damaged, or belongs to something else.
+        EnvironmentFault: a rank cannot see the file.
+    """
+    decided, error = "", SoloError("refused by rank 0")
+    if trainer.global_rank == 0:
+        try:
+            decided = json.dumps(_decide(config, run_dir, method, trainer))
+        except SoloError as refused:
+            error = refused
+    decided = gather_text(decided, trainer.strategy.root_device)
+    if not decided:
+        end_together(error)
+    path, size, complete = json.loads(decided)
+    if path is not None:
+        _wait_for(Path(path), size)
+    return Start(Path(path) if path else None, complete)
+
+
+def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> tuple[str | None, int, bool]:
+    """The checkpoint's path and size, and whether nothing is left to train."""
+    path = _choose(config, run_dir)
+    if path is None:
+        say(f"run directory: {run_dir} (new)")
+        return None, 0, False
+    content = checkpoint.read(path)
+    provenance = json.loads(content["solo"])
+    if provenance["method"] != config.method:
+        raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
+    if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
+        raise ConfigError(f"{path} does not fit this model: {problem}")
+    complete = _complete(content, trainer)
+    own = path.resolve().parent.parent == run_dir.resolve()
+    doing = "complete with" if complete else "continuing" if own else "new, continuing"
+    say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "
+        f"step {content['global_step']})")
+    for key, (then, now) in config.changes(provenance["config"]).items():
+        say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
+    return str(path), path.stat().st_size, complete
+
+
+def _choose(config: Experiment, run_dir: Path) -> Path | None:
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0         # the command's resume=never has been obeyed
+    if config.resume == "never" and not requeued:
+        if run_dir.exists():
+            old = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.old{n}")).exists())
+            run_dir.rename(old)
+            say(f"resume=never: starting anew; the earlier run is now {old}")
+        return None
+    own = checkpoint.newest(run_dir / "checkpoints")
+    if config.resume in ("auto", "never"):
+        return own
+    given = checkpoint.resolve(config.resume, "resume")
+    if own is None or own.resolve() == given.resolve() or _step(own) < _step(given):
+        return given
+    say(f"resume={config.resume}: this run has gone on from there")
+    return own
+
+
+def _step(path: Path) -> int:
+    return int(checkpoint.read(path)["global_step"])
+
+
+def _complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
+    done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+    return done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0
+
+
+def _wait_for(path: Path, size: int) -> None:
+    """Until this process sees what rank 0 saw: shared file systems lag."""
+    deadline = time.monotonic() + _PATIENCE
+    while not path.is_file() or path.stat().st_size != size:
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"rank {rank()} does not see {path}, which rank 0 does: all nodes need one file system")
+        time.sleep(0.1)

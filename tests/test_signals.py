@@ -1,0 +1,86 @@
+"""A signal ends a command with one line and 128 + its number, whatever it was doing; never with 0 and no result."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from solo.errors import hearing, reported
+from tests.conftest import ROOT
+from tests.eval.runs import make_run
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+# a suite that runs in the background inherits an ignored SIGINT: start from Python's own handler
+SCRIPT = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(*words, cwd=None):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *words], cwd=cwd, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front", ["main_linear.py", "launcher.py --script main_linear.py"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_linear_evaluation(tmp_path, front, number):
+    run = make_run(tmp_path / "run")
+    words = [*f"{ROOT}/{front}".split(), "--config-name", "linear.yaml", f"checkpoint={run}", "max_epochs=100000", "devices=1",
+             "accelerator=cpu", "precision=32-true", "optimizer.batch_size=32"]
+    process = command(*words, cwd=tmp_path)
+    assert any(line.startswith("epoch 1/") for line in iter(process.stdout.readline, ""))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (line,) = said.strip().splitlines()
+    assert line.startswith(f"interrupted: {number.name} at epoch ") and line.endswith("nothing is saved")
+    assert not (run / "results.json").exists()
+
+
+OUTSIDE = """
+import signal, sys, time
+from solo.errors import reported
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with reported():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+def test_a_signal_outside_training(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", OUTSIDE], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert said == f"interrupted: {number.name} outside training: nothing to save\n"
+
+
+def test_handlers_come_back_and_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    heard = []
+    try:
+        with hearing(lambda number, frame: heard.append(number)):
+            inner = signal.getsignal(signal.SIGTERM)
+            with reported():
+                pass
+            assert signal.getsignal(signal.SIGTERM) is inner and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while not heard and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is not inner
+    finally:
+        signal.signal(signal.SIGHUP, before)

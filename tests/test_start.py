@@ -1,0 +1,104 @@
+"""Where a run begins: said at the start, decided by rank 0, and never behind what its directory holds."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from solo import checkpoint, start
+from solo.errors import ConfigError, EnvironmentFault
+from solo.experiment import experiment
+from solo.run import build, pretrain
+from solo.testing import run_ranks
+from tests.tiny import values
+
+
+def lines(caplog):
+    said = [record.getMessage() for record in caplog.records if record.name == "solo"]
+    return [line for line in said if line.startswith(("run directory", "resume="))]
+
+
+@pytest.fixture
+def said(caplog):
+    """``said(content)`` -> what a run says about where it begins."""
+    caplog.set_level("INFO", "solo")
+
+    def run(content):
+        caplog.clear()
+        pretrain(experiment(content))
+        return lines(caplog)
+
+    return run
+
+
+def test_a_run_says_where_it_lives(tmp_path, said):
+    content = values("nnclr", tmp_path, max_epochs=1)
+    run_dir = experiment(content).run_dir(8)
+    assert said(content) == [f"run directory: {run_dir} (new)"]
+    assert said(content) == [f"run directory: {run_dir} (complete with step-000000008.ckpt, epoch 1, step 8)"]
+
+
+def test_a_path_to_resume_is_forgotten_once_the_run_is_further(tmp_path, said):
+    first = values("nnclr", tmp_path / "first", max_epochs=1)
+    said(first)
+    given = experiment(first).run_dir(8)
+    content = values("nnclr", tmp_path / "second", max_epochs=2, resume=str(given))
+    run_dir = experiment(content).run_dir(8)
+    file = given / "checkpoints" / "step-000000008.ckpt"
+    assert said(content) == [f"run directory: {run_dir} (new, continuing {file}, epoch 1, step 8)"]
+    assert said(content) == [
+        f"resume={given}: this run has gone on from there",
+        f"run directory: {run_dir} (complete with step-000000016.ckpt, epoch 2, step 16)",
+    ]
+
+
+def test_a_requeued_job_does_not_begin_anew_again(tmp_path, said, monkeypatch):
+    content = values("nnclr", tmp_path, max_epochs=1, resume="never")
+    said(content)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (line,) = said(content)
+    assert "complete with" in line and len(list(tmp_path.iterdir())) == 1
+
+
+def decided(rank, content, refuse):
+    """What two ranks make of one directory of which the second sees nothing, or something else."""
+    config = experiment(content)
+    if rank == 1:
+        checkpoint.newest = lambda folder: None
+    strategy = SimpleNamespace(root_device="cpu")
+    trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1)
+    if refuse:
+        config.resume = "nowhere.ckpt"
+    try:
+        found = start.begin(config, config.run_dir(8), build(config), trainer)
+        return str(found.path), found.complete
+    except (ConfigError, SystemExit) as error:
+        return type(error).__name__, str(error)
+
+
+def test_rank_zero_decides_for_all(tmp_path):
+    content = values("nnclr", tmp_path, max_epochs=2, max_steps=12)
+    pretrain(experiment(content))
+    file = experiment(content).run_dir(8) / "checkpoints" / "step-000000012.ckpt"
+    assert run_ranks(decided, content, False) == [(str(file), False)] * 2
+    assert run_ranks(decided, content, True) == [("ConfigError", "resume=nowhere.ckpt does not exist"), ("SystemExit", "0")]
+
+
+def test_a_file_that_comes_late_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
+    file = tmp_path / "late.ckpt"
+
+    def write():
+        time.sleep(0.3)
+        file.write_bytes(b"12")
+        time.sleep(0.3)
+        file.write_bytes(b"1234")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    start._wait_for(file, 4)
+    assert file.read_bytes() == b"1234"
+    thread.join()
+    monkeypatch.setattr(start, "_PATIENCE", 0.2)
+    with pytest.raises(EnvironmentFault, match="rank 0 does not see .*late.ckpt"):
+        start._wait_for(file, 5)
