@@ -13,7 +13,7 @@ from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec
 from solo.data.engines import ENGINES, Job, choose
 from solo.data.engines.fast import MAX_SIZE
-from solo.data.loaders import CleanLoader, Position, TrainLoader
+from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
 from solo.data.sources import ArraySource, Source
 from solo.data.subsets import Subset, in_memory, probe, stratified
 from solo.data.views import View, expand
@@ -91,7 +91,8 @@ class DataModule(pl.LightningDataModule):
         engine = ENGINES[self.engine]
         job = Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
         self._close()
-        self._loader = TrainLoader(engine(job), len(self._train), self.batch_size, self.seed, rank(), world, self.bad)
+        order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
+        self._loader = TrainLoader(engine(job), order, self.bad)
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader
