@@ -76,9 +76,10 @@ class DataModule(pl.LightningDataModule):
         """Name of the engine in use; the first call loads small images into memory."""
         if self._engine_name is None:
             if self.config.engine != "torchvision":
-                self._train = _read(self._train, self.bad)
+                cache = None if self.config.cache_dir is None else Path(self.config.cache_dir)
+                self._train = _read(self._train, self.bad, cache)
                 if self._val is not None and self.bad_val is not None:
-                    self._val = _read(self._val, self.bad_val)
+                    self._val = _read(self._val, self.bad_val, cache)
             self._engine_name = choose(self.config, self._train)
         return self._engine_name
 
@@ -180,8 +181,8 @@ class DataModule(pl.LightningDataModule):
             )
 
 
-def _read(source: Source, bad: BadImages) -> Source:
-    source = in_memory(source, MAX_SIZE)
+def _read(source: Source, bad: BadImages, cache_dir: Path | None) -> Source:
+    source = in_memory(source, MAX_SIZE, cache_dir)
     if isinstance(source, ArraySource):
         bad.add(sorted(source.unreadable.items()))
     return source
