@@ -31,15 +31,15 @@ MAY_IMPORT = {
     "compat": BASE,
     "launch": {"errors", "registry"},
 }
-TOP = {"__init__", "experiment", "run", "testing"}
+TOP = {"__init__", "experiment", "run", "testing", "bench"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": "config.py",
     "omegaconf": "config.py",
-    "torchvision": "data/",
+    "torchvision": ("data/", "bench/"),
     "triton": "kernels/",
     "submitit": "launch.py",
-    "numba": ("data/", "kernels/"),
+    "numba": ("data/", "kernels/", "bench/"),
     "nvidia": "data/engines/dali.py",
     "wandb": "run.py",
 }

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+KernelName = Literal["auto", "numba", "torch"]
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -34,7 +36,7 @@ class DataConfig:
     engine: Literal["auto", "fast", "torchvision"] = "auto"
     num_workers: int = 4
     threads: int = 1
-    kernel: Literal["auto", "numba", "torch"] = "auto"
+    kernel: KernelName = "auto"
     cache_dir: str | None = None
     download: bool = False
     no_labels: bool = False

@@ -83,6 +83,12 @@ class DataModule(pl.LightningDataModule):
             self._engine_name = choose(self.config, self._train)
         return self._engine_name
 
+    @property
+    def job(self) -> Job:
+        """What the engine is told."""
+        assert self.engine  # has the images read
+        return Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
+
     def train_dataloader(self) -> TrainLoader:
         """Batches of views, from the position last set or loaded, else from where the trainer stands."""
         if not self.views:
@@ -90,10 +96,9 @@ class DataModule(pl.LightningDataModule):
         world = world_size()
         self._check_steps(world)
         engine = ENGINES[self.engine]
-        job = Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
         self._close()
         order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
-        self._loader = TrainLoader(engine(job), order, self.bad)
+        self._loader = TrainLoader(engine(self.job), order, self.bad)
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader

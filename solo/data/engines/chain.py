@@ -323,13 +323,9 @@ def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
 
 
 @kept
-def draw(word: U, samples: Array, view: Any, rows: Array) -> None:
-    """The numbers of one view of each sample, as `solo.data.views.sample` draws them, into ``rows`` [n] of `ROW`.
-
-    Args:
-        word: the key of (seed, epoch, view).
-    """
-    u = np.zeros(15)
+def draw(seed: int, epoch: int, number: int, samples: Array, view: Any, rows: Array) -> None:
+    """What happens to view ``number`` of each sample, as `solo.data.views.sample` draws it, into ``rows`` [n]."""
+    u, word = np.zeros(15), _mix(_mix(_mix(U(seed)) ^ U(epoch)) ^ U(number))
     for i in range(len(samples)):
         _draw(_mix(word ^ U(samples[i])), view, rows[i], u)
 

@@ -11,7 +11,6 @@ from solo.data.engines import Job
 from solo.data.engines.chain import draw, render
 from solo.data.engines.kernel_torch import resize_matrix
 from solo.data.engines.torchvision import blur_radius
-from solo.data.random import key
 from solo.data.views import CROP_TRIES, LOG_RATIO, NEUTRAL, SIGMA, SOLARIZE_THRESHOLD, Params, View, fixed_boxes
 
 Array = np.ndarray
@@ -43,7 +42,7 @@ class NumbaKernel:
     def fill(self, out: Tensor, number: int, epoch: int, samples: Array, shown: Array) -> None:
         view, tables = self._views[number], self._tables[number]
         rows = np.empty(len(samples), ROW)
-        draw(key(self._seed, epoch, number)[0], samples, view, rows)
+        draw(self._seed, epoch, number, samples, view, rows)
         pixels = out.numpy().reshape(len(out), self._channels, -1)
         render(self._images, shown, rows, view, *tables, self._scale, self._shift, pixels)
 
@@ -64,7 +63,7 @@ def apply(view: View, params: Params, images: Array) -> Tensor:
 def sample(view: View, seed: int, epoch: int, samples: Array, number: int, height: int, width: int) -> Params:
     """What the chain draws for view ``number`` of ``samples`` [n]: `solo.data.views.sample`'s numbers."""
     rows = np.zeros(len(samples), ROW)
-    draw(key(seed, epoch, number)[0], samples, _settings(view, height, width), rows)
+    draw(seed, epoch, number, samples, _settings(view, height, width), rows)
     return Params(*(rows[name] for name in ROW.names or ()))
 
 
