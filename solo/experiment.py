@@ -136,6 +136,9 @@ _NOT_LEARNED = (
 )
 _NOT_LEARNED_INSIDE = (
     ("data", "num_workers"),
+    ("data", "threads"),
+    ("data", "kernel"),
+    ("data", "cache_dir"),
     ("data", "timeout"),
     ("data", "download"),
     ("data", "val_path"),

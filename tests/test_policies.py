@@ -32,15 +32,15 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "experiment", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "experiment", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": "config.py",
     "omegaconf": "config.py",
-    "torchvision": "data/",
+    "torchvision": ("data/", "bench/"),
     "triton": "kernels/",
     "submitit": "launch.py",
-    "numba": ("data/", "kernels/"),
+    "numba": ("data/", "kernels/", "bench/"),
     "nvidia": "data/engines/dali.py",
     "wandb": "run.py",
     "umap": "eval/umap.py",

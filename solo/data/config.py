@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+KernelName = Literal["auto", "numba", "torch"]
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -16,6 +18,9 @@ class DataConfig:
         engine: ``fast`` (in memory, batched; images up to 64 px of one size), ``torchvision`` (worker processes) or
             ``auto``: fast where it can.
         num_workers: worker processes of the torchvision engine.
+        threads: threads of the fast engine that share each batch; one feeds a GPU with small images.
+        kernel: what computes in the fast engine, ``numba``, ``torch`` (several times slower, always there) or ``auto``.
+        cache_dir: where decoded small images are kept; null: ``solo`` in the user's cache folder.
         download: let torchvision fetch the dataset into ``train_path``.
         no_labels: read an image folder without classes, whatever its folders are called.
         fraction: share of the training images to use, drawn per class without replacement.
@@ -31,6 +36,9 @@ class DataConfig:
     val_path: str | None = None
     engine: Literal["auto", "fast", "torchvision"] = "auto"
     num_workers: int = 4
+    threads: int = 1
+    kernel: KernelName = "auto"
+    cache_dir: str | None = None
     download: bool = False
     no_labels: bool = False
     fraction: float = 1.0
@@ -49,7 +57,7 @@ class DataConfig:
             problems.append(f"num_workers must not be negative, got {self.num_workers}")
         if not 0 < self.fraction <= 1:
             problems.append(f"fraction must lie in (0, 1], got {self.fraction}")
-        for name in ("train_size", "size"):
+        for name in ("train_size", "size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} must be at least 1, got {value}")

@@ -192,7 +192,7 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
         if not train:
             return None
         raise ConfigError(f"{key}={path} holds no image with split 0 (train)")
-    return EncodedSource(data, offsets, rows, labels[rows], [str(name) for name in names], config.in_chans or 3)
+    return EncodedSource(data, offsets, rows, labels[rows], [str(name) for name in names], config.in_chans or 3, path)
 
 
 _add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))

@@ -1,6 +1,7 @@
 """The iterables that training and evaluation walk over."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,44 +25,82 @@ class Position(NamedTuple):
     batch: int
 
 
-class TrainLoader:
-    """Batches of augmented views in an order that is a pure function of (seed, epoch).
+@dataclass(frozen=True)
+class Order:
+    """Which samples this rank sees in which batch: a pure function of (seed, epoch).
 
     Global batch b of an epoch is its samples [b * G, (b + 1) * G), G = batch size x ranks; each rank takes its
     contiguous slice, so R ranks together see what one process with R times the batch would. The last incomplete
-    batch is dropped. Each iteration yields what is left of one epoch from ``position``; the next iteration begins the
-    next epoch. ``len`` is the whole epoch's, as Lightning expects.
+    batch is dropped.
     """
 
-    def __init__(self, engine: Engine, n: int, batch_size: int, seed: int, rank: int, world: int, bad: BadImages) -> None:
-        self.position = Position(0, 0)
-        self._engine, self._n, self._batch_size, self._seed = engine, n, batch_size, seed
-        self._rank, self._world, self._bad = rank, world, bad
+    seed: int
+    images: int
+    batch_size: int
+    rank: int
+    world: int
 
     def __len__(self) -> int:
-        return self._n // (self._batch_size * self._world)
+        """Batches of an epoch."""
+        return self.images // (self.batch_size * self.world)
+
+    def epoch(self, start: Position) -> list[Slot]:
+        """This rank's batches of the epoch of ``start``, from its batch on."""
+        visits = order(self.seed, start.epoch, self.images)
+        stride = self.batch_size * self.world
+        firsts = range(self.rank * self.batch_size, len(self) * stride, stride)
+        return [Slot(start.epoch, visits[first : first + self.batch_size]) for first in firsts[start.batch :]]
+
+    def onwards(self, start: Position) -> Iterator[Slot]:
+        """The batches of this epoch and of all that follow."""
+        while True:
+            yield from self.epoch(start)
+            start = Position(start.epoch + 1, 0)
+
+
+class TrainLoader:
+    """Batches of augmented views in their `Order`.
+
+    Each iteration yields what is left of one epoch from ``position``; the next iteration begins the next epoch, whose
+    first batches the engine makes while the last ones are trained. ``len`` is the whole epoch's, as Lightning expects.
+    """
+
+    def __init__(self, engine: Engine, order: Order, bad: BadImages) -> None:
+        self.position = Position(0, 0)
+        self._engine, self._order, self._bad = engine, order, bad
+        self._payloads: Generator[Payload, None, None] | None = None
+        self._comes: Position | None = None  # what the engine's next batch is the first of
+
+    def __len__(self) -> int:
+        return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: the position moves with the first batch, not when Lightning makes an iterator just to see if it can.
         start = self.position
-        self.position = Position(start.epoch + 1, 0)
-        payloads = self._engine.batches(self.plan(start))
+        after = self.position = Position(start.epoch + 1, 0)
+        if self._payloads is None or self._comes != start:
+            self._stop()
+            self._payloads = self._engine.batches(self._order.onwards(start))
+        self._comes, payloads, complete = None, self._payloads, False
         try:
-            for payload in payloads:
+            for left in range(len(self) - start.batch - 1, -1, -1):
+                payload = next(payloads)
                 self._bad.add(payload.failed)
+                if not left:  # before the yield: whoever knows the length does not ask for more
+                    self._comes, complete = after, True
                 yield payload.batch
         finally:
-            payloads.close()
+            if not complete:
+                payloads.close()
 
-    def plan(self, start: Position) -> list[Slot]:
-        """This rank's batches of the epoch of ``start``, from its batch on."""
-        visits = order(self._seed, start.epoch, self._n)
-        stride = self._batch_size * self._world
-        firsts = range(self._rank * self._batch_size, len(self) * stride, stride)
-        return [Slot(start.epoch, visits[first : first + self._batch_size]) for first in firsts[start.batch :]]
+    def _stop(self) -> None:
+        if self._payloads is not None:
+            self._payloads.close()
+            self._payloads = None
 
     def close(self) -> None:
         """Release the engine's workers and threads."""
+        self._stop()
         self._engine.close()
 
 

@@ -16,7 +16,7 @@ from solo.data.datasets import DATASETS, DatasetSpec, statistics
 from solo.data.engines import ENGINES, Job, choose
 from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
-from solo.data.loaders import CleanLoader, Position, TrainLoader
+from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
 from solo.data.random import Draws
 from solo.data.sources import ArraySource, Source
 from solo.data.subsets import Subset, in_memory, probe, stratified
@@ -82,11 +82,18 @@ class DataModule(pl.LightningDataModule):
         """Name of the engine in use; the first call loads small images into memory."""
         if self._engine_name is None:
             if self.config.engine != "torchvision":
-                self._train = _read(self._train, self.bad)
+                cache = None if self.config.cache_dir is None else Path(self.config.cache_dir)
+                self._train = _read(self._train, self.bad, cache)
                 if self._val is not None and self.bad_val is not None:
-                    self._val = _read(self._val, self.bad_val)
+                    self._val = _read(self._val, self.bad_val, cache)
             self._engine_name = choose(self.config, self._train)
         return self._engine_name
+
+    @property
+    def job(self) -> Job:
+        """What the engine is told."""
+        assert self.engine  # has the images read
+        return Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of views, from the position last set or loaded, else from where the trainer stands."""
@@ -95,9 +102,9 @@ class DataModule(pl.LightningDataModule):
         world = world_size()
         self._check_steps(world)
         engine = ENGINES[self.engine]
-        job = Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
         self._close()
-        self._loader = TrainLoader(engine(job), len(self._train), self.batch_size, self.seed, rank(), world, self.bad)
+        order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
+        self._loader = TrainLoader(engine(self.job), order, self.bad)
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader
@@ -199,8 +206,8 @@ class DataModule(pl.LightningDataModule):
             )
 
 
-def _read(source: Source, bad: BadImages) -> Source:
-    source = in_memory(source, MAX_SIZE)
+def _read(source: Source, bad: BadImages, cache_dir: Path | None) -> Source:
+    source = in_memory(source, MAX_SIZE, cache_dir)
     if isinstance(source, ArraySource):
         bad.add(sorted(source.unreadable.items()))
     return source

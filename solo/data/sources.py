@@ -1,5 +1,6 @@
 """Where images come from: memory, a folder, a file of encoded images, a torchvision dataset."""
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -25,6 +26,9 @@ class BadImage(Exception):
 
 class Source(Protocol):
     """Images by number.
+
+    A source that is slow to decode may have a method ``fingerprint() -> str``: another text whenever an image is another.
+    `solo.data.cache` then keeps small images in their decoded form.
 
     Attributes:
         labels: [N] int64, -1 where there is none.
@@ -76,6 +80,17 @@ def _channels(image: Image.Image, in_chans: int) -> np.ndarray:
     mode = "RGB" if in_chans == 3 else "L"
     pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+def digest(*words: object) -> str:
+    """A short name for what the words say."""
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:24]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
@@ -149,12 +164,20 @@ class EncodedSource:
         data: uint8, all files one after the other.
         offsets: [M + 1] positions in ``data``.
         rows: [N] which of the M files belong to this source.
+        path: the file all this was read from.
     """
 
     def __init__(
-        self, data: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, classes: Sequence[str], in_chans: int
+        self,
+        data: np.ndarray,
+        offsets: np.ndarray,
+        rows: np.ndarray,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        in_chans: int,
+        path: Path,
     ) -> None:
-        self._data, self._offsets, self._rows, self._in_chans = data, offsets, rows, in_chans
+        self._data, self._offsets, self._rows, self._in_chans, self._path = data, offsets, rows, in_chans, path
         self.labels = np.asarray(labels, dtype=np.int64)
         self.classes = list(classes)
 
@@ -167,6 +190,9 @@ class EncodedSource:
 
     def name(self, i: int) -> str:
         return f"image {self._rows[i]}"
+
+    def fingerprint(self) -> str:
+        return digest(str(self._path.resolve()), _stamp(self._path), self._rows.tobytes(), self._in_chans)
 
 
 class FolderSource:
@@ -208,6 +234,10 @@ class FolderSource:
 
     def name(self, i: int) -> str:
         return str(self.root / self._files[i])
+
+    def fingerprint(self) -> str:
+        stamps = [(file, *_stamp(self.root / file)) for file in self._files]
+        return digest(str(self.root.resolve()), stamps, self._in_chans)
 
 
 def _without_classes(files: list[str]) -> str | None:

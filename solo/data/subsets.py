@@ -1,9 +1,12 @@
 """Parts of a source, and a source read into memory."""
 
+from pathlib import Path
+
 import numpy as np
 
+from solo.data.cache import decoded
 from solo.data.random import integers
-from solo.data.sources import ArraySource, BadImage, Source
+from solo.data.sources import ArraySource, BadImage, Source, digest
 from solo.errors import DataError
 
 _MEMORY = 4 << 30  # bytes an array of images may take
@@ -25,6 +28,10 @@ class Subset:
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.rows[i]))
+
+    def fingerprint(self) -> str | None:
+        whole = getattr(self.source, "fingerprint", lambda: None)()
+        return None if whole is None else digest(whole, self.rows.tobytes())
 
 
 def stratified(labels: np.ndarray, count: int, first: bool) -> np.ndarray:
@@ -49,8 +56,12 @@ def stratified(labels: np.ndarray, count: int, first: bool) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def in_memory(source: Source, max_size: int) -> Source:
-    """The source as an `ArraySource` if all its images have one size of at most ``max_size`` px; else itself."""
+def in_memory(source: Source, max_size: int, cache_dir: Path | None = None) -> Source:
+    """The source as an `ArraySource` if all its images have one size of at most ``max_size`` px; else itself.
+
+    Args:
+        cache_dir: where many decoded images are kept for the next time; the user's cache folder if not given.
+    """
     if isinstance(source, ArraySource):
         return source
     if isinstance(source, Subset) and isinstance(source.source, ArraySource):
@@ -58,18 +69,8 @@ def in_memory(source: Source, max_size: int) -> Source:
     shape = _first_shape(source)
     if shape is None or max(shape) > max_size or np.prod(shape) * len(source) > _MEMORY:
         return source
-    images = np.zeros((len(source), *shape), dtype=np.uint8)
-    unreadable: dict[int, str] = {}
-    for i in range(len(source)):  # threads would only wait for each other: decoding small images holds the interpreter lock
-        try:
-            image = source.load(i)
-        except BadImage as error:
-            unreadable[i] = str(error)
-            continue
-        if image.shape != shape:
-            return source
-        images[i] = image
-    return ArraySource(images, source.labels, source.classes, source, unreadable)
+    content = decoded(source, shape, cache_dir)
+    return source if content is None else ArraySource(content.images, source.labels, source.classes, source, content.unreadable)
 
 
 def _first_shape(source: Source) -> tuple[int, ...] | None:

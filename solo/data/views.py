@@ -18,9 +18,9 @@ from solo.data.random import Draws
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in `Params.order`
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
 SOLARIZE_THRESHOLD = 128 / 255
-_SIGMA = (0.1, 2.0)
-_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
-_CROP_TRIES = 10
+SIGMA = (0.1, 2.0)
+LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+CROP_TRIES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,11 @@ class ColorJitter(Chance):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue must lie in [0, 0.5], got {self.hue}")
+
+    def ranges(self) -> list[tuple[float, float]]:
+        """Bounds of the brightness, contrast and saturation factors and of the hue shift."""
+        factors = (self.brightness, self.contrast, self.saturation)
+        return [*((max(0.0, 1 - x), 1 + x) for x in factors), (-self.hue, self.hue)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,32 +138,35 @@ class Params:
 
 def sample(view: View, draws: Draws, heights: np.ndarray, widths: np.ndarray) -> Params:
     """Draw what ``view`` does to n images of the given source sizes ([n] integers, pixels)."""
-    box = _random_boxes(view.rrc, draws, heights, widths) if view.rrc.enabled else _centre_squares(heights, widths)
+    box = fixed_boxes(view.rrc, heights, widths)
+    if view.rrc.enabled:
+        _draw_boxes(view.rrc, draws, heights, widths, box)
     jitter = view.color_jitter
-    spread = (jitter.brightness, jitter.contrast, jitter.saturation)
     return Params(
         box=box,
         jitter=draws.uniform() < jitter.prob,
-        factors=np.stack(
-            [*(draws.uniform(max(0.0, 1 - x), 1 + x) for x in spread), draws.uniform(-jitter.hue, jitter.hue)], axis=1
-        ),
+        factors=np.stack([draws.uniform(*bounds) for bounds in jitter.ranges()], axis=1),
         order=draws.permutation(4),
         gray=draws.uniform() < view.grayscale.prob,
         blur=draws.uniform() < view.gaussian_blur.prob,
-        sigma=draws.uniform(*_SIGMA),
+        sigma=draws.uniform(*SIGMA),
         solarize=draws.uniform() < view.solarization.prob,
         equalize=draws.uniform() < view.equalization.prob,
         flip=draws.uniform() < view.horizontal_flip.prob,
     )
 
 
-def _random_boxes(crop: Crop, draws: Draws, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits, else the centre at the nearest ratio."""
-    box = _fallback_boxes(heights, widths)
+def fixed_boxes(crop: Crop, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """[n, 4] crops where chance has no say: without a random crop, and where no random crop fits."""
+    return _fallback_boxes(heights, widths) if crop.enabled else _centre_squares(heights, widths)
+
+
+def _draw_boxes(crop: Crop, draws: Draws, heights: np.ndarray, widths: np.ndarray, box: np.ndarray) -> None:
+    """torchvision's RandomResizedCrop: the first of ten tries that fits is written to ``box`` [n, 4], else it stays."""
     open_ = np.ones(len(box), dtype=bool)
-    for _ in range(_CROP_TRIES):
+    for _ in range(CROP_TRIES):
         area = heights * widths * draws.uniform(crop.crop_min_scale, crop.crop_max_scale)
-        ratio = np.exp(draws.uniform(*_LOG_RATIO))
+        ratio = np.exp(draws.uniform(*LOG_RATIO))
         w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         top = (draws.uniform() * (heights - h + 1)).astype(np.int64)
@@ -166,11 +174,10 @@ def _random_boxes(crop: Crop, draws: Draws, heights: np.ndarray, widths: np.ndar
         fits = open_ & (0 < w) & (w <= widths) & (0 < h) & (h <= heights)
         box[fits] = np.stack([top, left, h, w], axis=1)[fits]
         open_ &= ~fits
-    return box
 
 
 def _fallback_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    narrowest, widest = math.exp(_LOG_RATIO[0]), math.exp(_LOG_RATIO[1])
+    narrowest, widest = math.exp(LOG_RATIO[0]), math.exp(LOG_RATIO[1])
     ratio = widths / heights
     h = np.where(ratio < narrowest, np.rint(widths / narrowest), heights).astype(np.int64)
     w = np.where(ratio > widest, np.rint(heights * widest), widths).astype(np.int64)

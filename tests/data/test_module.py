@@ -1,6 +1,7 @@
 """Datasets and the module that serves them."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from torchvision.transforms import v2
 from solo.batch import Batch
 from solo.data import module as module_file
 from solo.data.datasets import DATASETS
-from solo.data.engines import Slot
 from solo.data.engines.torchvision import clean
+from solo.data.loaders import Order, Position
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
 from solo.data.sources import ArraySource, FolderSource, convert_channels
@@ -276,10 +277,44 @@ def test_a_limit_spreads_over_the_dataset() -> None:
 
 
 def test_plan_is_the_order_cut_into_batches() -> None:
-    loader = module(16, dataset="digits").train_dataloader()
-    plan: list[Slot] = loader.plan(loader.position._replace(epoch=5, batch=80))
-    assert len(loader) == 87 and len(plan) == 7
-    assert np.array_equal(np.concatenate([slot.samples for slot in plan]), order(1, 5, 1400)[80 * 16 : 87 * 16])
+    plan = Order(1, 1400, 16, 0, 1)
+    left = plan.epoch(Position(5, 80))
+    assert len(plan) == 87 and len(left) == 7
+    assert np.array_equal(np.concatenate([slot.samples for slot in left]), order(1, 5, 1400)[80 * 16 : 87 * 16])
+    onwards = list(islice(plan.onwards(Position(5, 86)), 3))
+    assert [slot.epoch for slot in onwards] == [5, 6, 6]
+    assert np.array_equal(onwards[1].samples, order(1, 6, 1400)[:16])
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_nothing_restarts_between_epochs(engine: str) -> None:
+    """One stream of batches serves all epochs, also when each is ended by its length and not by asking for more."""
+    data = module(100, [View(crop_size=8)], dataset="digits", engine=engine, num_workers=0)
+    loader = data.train_dataloader()
+    streams = []
+    batches = loader._engine.batches
+    loader._engine.batches = lambda plan: streams.append(plan) or batches(plan)  # type: ignore[assignment, func-returns-value]
+    whole = [list(loader), list(loader)]
+    iterator = iter(loader)
+    whole.append([next(iterator) for _ in range(14)])
+    whole.append(list(loader))
+    del iterator
+    assert len(streams) == 1
+    for epoch, shown in enumerate(whole):
+        assert np.array_equal(torch.cat([batch.index for batch in shown]), order(1, epoch, 1400))
+    next(iter(loader))  # left early: the next one starts anew, with the next epoch
+    assert np.array_equal(next(iter(loader)).index, order(1, 5, 1400)[:100])
+    assert len(streams) == 2
+    data.teardown("fit")
+
+
+def test_an_iterator_left_early_does_not_disturb_the_next() -> None:
+    loader = module(100, [View(crop_size=8)], dataset="digits").train_dataloader()
+    first, second = iter(loader), iter(loader)
+    next(first), next(second)
+    first.close()
+    assert np.array_equal(torch.cat([batch.index for batch in second]), order(1, 1, 1400)[100:])
+    loader.close()
 
 
 def test_position_is_respected_and_then_epochs_are_whole() -> None:

@@ -3,7 +3,7 @@
 A new engine is one more row in `ENGINES`: a class with `Engine`'s methods.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -59,8 +59,11 @@ class Engine(Protocol):
         """Why this engine cannot serve these images, or ``None``."""
         ...
 
-    def batches(self, plan: Sequence[Slot]) -> Generator[Payload, None, None]:
-        """The batches of ``plan`` in its order; an iterator left early releases what it holds."""
+    def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
+        """The batches of ``plan``, which may never end, in its order, made a little ahead.
+
+        An iterator left early releases what it holds.
+        """
         ...
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class TorchvisionEngine:
     """A DataLoader whose workers live as long as the engine; the plan tells them which batches to make."""
 
     def __init__(self, job: Job) -> None:
-        self._plan: Sequence[Slot] = []
+        self._plan: Iterable[Slot] = ()
         self._timeout = job.config.timeout
         workers = worker_count(job.config.num_workers)
         self._loader: DataLoader | None = DataLoader(
@@ -46,7 +46,7 @@ class TorchvisionEngine:
     def refusal(cls, source: Source) -> str | None:
         return None
 
-    def batches(self, plan: Sequence[Slot]) -> Generator[Payload, None, None]:
+    def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
         assert self._loader is not None, "the engine is closed"
         self._plan = plan
         try:
@@ -74,9 +74,6 @@ class _Plan:
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._engine._plan)
-
-    def __len__(self) -> int:
-        return len(self._engine._plan)
 
 
 class _Maker(Dataset):

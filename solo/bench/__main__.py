@@ -1,0 +1,22 @@
+"""``python -m solo.bench data [...]``: each subject is a module of this package with ``main(argv)``."""
+
+import sys
+from importlib import import_module
+
+from solo.console import quiet_libraries
+from solo.errors import ConfigError, reported
+
+SUBJECTS = ("data",)
+
+
+def main(argv: list[str]) -> None:
+    subject = argv[0] if argv else ""
+    if subject not in SUBJECTS:
+        raise ConfigError(f"python -m solo.bench takes one of {', '.join(SUBJECTS)} first, got {subject!r}")
+    import_module(f"solo.bench.{subject}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    with reported():
+        main(sys.argv[1:])

@@ -1,0 +1,171 @@
+"""``python -m solo.bench data``: what the data engine makes of a recipe, beside torchvision on PIL, and what bounds it.
+
+The clock is CPU time of the whole process, one thread computing, so that other programs disturb little; waiting (time to
+the first batch) is wall time.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from solo.bench.baselines.pil import PILBaseline
+from solo.bench.bound import bound
+from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.config import load
+from solo.data.config import KernelName
+from solo.data.engines import Job, Slot
+from solo.data.engines.fast import FastEngine
+from solo.data.engines.torchvision import TorchvisionEngine
+from solo.data.loaders import Order, Position, TrainLoader
+from solo.data.module import DataModule
+from solo.data.sources import ArraySource
+from solo.errors import ConfigError
+from solo.experiment import Experiment, experiment
+
+RECIPES = {
+    "cifar-asym": ("scripts/pretrain/cifar/nnclr.yaml", "augmentations=asymmetric"),
+    "cifar-sym": ("scripts/pretrain/cifar/nnclr.yaml", "augmentations=symmetric"),
+}
+BATCHES = (64, 256, 1024, 4096)
+SIZES = (5_000, 50_000)
+_STEP = 0.02  # seconds a training step is taken to last
+_OURS, _THEIRS = 8192, 384  # images of one measurement: about as long for both
+
+
+def main(argv: list[str]) -> None:
+    arguments = _arguments(argv)
+    torch.set_num_threads(1)
+    config = _experiment(arguments)
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    if data.engine != "fast":
+        raise ConfigError("solo.bench data measures the fast engine: images of one size up to 64 px")
+    print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
+    print(correctness(data), flush=True)
+    rows = compare(data.job, arguments.pairs, data.batch_size)
+    rows += first_batch(data, epochs=arguments.pairs)
+    rows += flatness(data.job, rounds=arguments.pairs)
+    print(table(rows), flush=True)
+    if not arguments.no_step:
+        print(bound(config, data.job, next(entry.value for entry in rows if entry.id == "D1")))
+    if not arguments.no_write:
+        write(rows)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m solo.bench data", description=__doc__)
+    parser.add_argument("--recipe", default="cifar-asym", help=f"{', '.join(RECIPES)}, or a pretraining YAML file")
+    parser.add_argument("--pairs", type=int, default=7, help="measurements of each way, in turn")
+    parser.add_argument("--no-step", action="store_true", help="do not run the recipe's method to name the bound")
+    parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, e.g. data.train_path=...")
+    return parser.parse_args(argv)
+
+
+def _experiment(arguments: argparse.Namespace) -> Experiment:
+    path, *more = RECIPES.get(arguments.recipe, (arguments.recipe,))
+    if not Path(path).is_file():
+        raise ConfigError(f"--recipe {arguments.recipe} is neither one of {', '.join(RECIPES)} nor a file")
+    return experiment(load(path, [*more, *arguments.overrides]))
+
+
+# --- the same images, whoever makes them -------------------------------------------------------------------------------
+
+
+def correctness(data: DataModule) -> str:
+    """Holds the engine against the reference with shared numbers.
+
+    Raises:
+        AssertionError: they differ by more than a grey level in more than a thousandth of the values.
+    """
+    slot = next(Order(data.seed, len(data.selected), 128, 0, 1).onwards(Position(0, 0)))
+    job = replace(data.job, config=replace(data.config, num_workers=0))
+    quick, slow = (next(engine(job).batches([slot])).batch.views for engine in (FastEngine, TorchvisionEngine))
+    levels = torch.cat([(a - b).abs().flatten() for a, b in zip(quick, slow, strict=True)]) * min(data.spec.std) * 255
+    outside = (levels > 1).float().mean().item()
+    assert outside < 1e-3, f"{outside:.2%} of the values differ by more than a grey level from the reference engine"
+    return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
+
+
+# --- rates -------------------------------------------------------------------------------------------------------------
+
+
+def _slots(job: Job, batch_size: int) -> Iterator[Slot]:
+    return Order(job.seed, len(job.source), min(batch_size, len(job.source)), 0, 1).onwards(Position(0, 0))
+
+
+def engine_work(job: Job, kernel: KernelName, batch_size: int, images: int) -> Callable[[], int]:
+    """Batches through the whole engine, its thread included, each call going on where the last one ended."""
+    engine = FastEngine(replace(job, config=replace(job.config, kernel=kernel)))
+    slots, count = _slots(job, batch_size), max(1, images // batch_size)
+    return lambda: sum(len(payload.batch.index) for payload in engine.batches(islice(slots, count)))
+
+
+def pil_work(job: Job, images: int) -> Callable[[], int]:
+    """Batches of 64 through torchvision on PIL."""
+    assert isinstance(job.source, ArraySource)
+    baseline, slots = PILBaseline(job, job.source.images), _slots(job, 64)
+    return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in islice(slots, images // 64))
+
+
+def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
+    """D1 and D3: both kernels against torchvision on PIL."""
+    rows = []
+    kernels: list[tuple[str, KernelName, int]] = [("D1", "numba", _OURS), ("D3", "torch", _OURS // 8)]
+    for id, kernel, images in kernels:
+        found = alternate(engine_work(job, kernel, batch_size, images), pil_work(job, _THEIRS), pairs)
+        rows.append(row(id, f"fast engine, {kernel} kernel", "images/CPU-s", "torchvision v1 on PIL", found))
+    return rows
+
+
+def first_batch(data: DataModule, epochs: int) -> list[Row]:
+    """D6: wall time to an epoch's first batch, when the stream begins anew and when the epoch before was just trained."""
+    loader = data.train_dataloader()
+    next(iter(loader))  # compiles
+    anew, after = [], []
+    for epoch in range(epochs):
+        loader.position = Position(2 * epoch, 0)
+        anew.append(_wait(loader))
+        after.append(_wait(loader))
+    loader.close()
+    return [
+        Row("D6", "first batch of a new start, median (wall)", statistics.median(anew), "ms"),
+        Row("D6", "first batch of the next epoch, median (wall)", statistics.median(after), "ms"),
+        Row("D6", "first batch, worst of all (wall)", max(*anew, *after), "ms"),
+    ]
+
+
+def _wait(loader: TrainLoader) -> float:
+    """Milliseconds to the first batch; the rest of the epoch is then consumed at a training's pace."""
+    began = time.monotonic()
+    batches = iter(loader)
+    next(batches)
+    waited = 1000 * (time.monotonic() - began)
+    for _ in islice(batches, len(loader) - 8):
+        pass
+    for _ in batches:
+        time.sleep(_STEP)
+    return waited
+
+
+def flatness(job: Job, rounds: int) -> list[Row]:
+    """Rates over batch sizes and dataset sizes, in turn; with the whole range over their median."""
+    assert isinstance(job.source, ArraySource)
+    works = {f"batch {size:,}": engine_work(job, job.config.kernel, size, max(_OURS, size)) for size in BATCHES}
+    for size in SIZES:
+        part = np.resize(job.source.images, (size, *job.source.images.shape[1:]))
+        source = ArraySource(part, np.zeros(size), job.source.classes)
+        works[f"{size:,} images"] = engine_work(replace(job, source=source), job.config.kernel, 256, _OURS)
+    for work in works.values():
+        work()
+    measured = [{name: rate(work) for name, work in works.items()} for _ in range(rounds)]
+    medians = {name: statistics.median(one[name] for one in measured) for name in works}
+    rows = [Row("Dx", name, value, "images/CPU-s") for name, value in medians.items()]
+    spread = (max(medians.values()) - min(medians.values())) / statistics.median(medians.values())
+    return [*rows, Row("Dx", "whole range over the median", 100 * spread, "%")]

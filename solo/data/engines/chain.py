@@ -1,0 +1,345 @@
+"""The compiled side of `solo.data.engines.kernel_numba`: one image at a time from its random numbers to its pixels.
+
+All compiled functions live in this file: numba's cache on disk notices a change of the file it was made from and of no
+other. What `solo.data.views` decides (ranges, chances, thresholds) comes in as data: ``view`` is a record of
+`solo.data.engines.kernel_numba.VIEW`, ``row`` one of its `ROW`.
+
+Two things make the loops vectorise. Numbers are float32 throughout, literals too. Offsets are unsigned: a signed index
+might be negative and count from the end.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from solo.data.engines.jit import exact, fast, inlined, kept
+from solo.data.engines.kernel_torch import LUMA
+
+Array = np.ndarray
+U = np.uint64
+f32 = np.float32
+GOLDEN = U(0x9E3779B97F4A7C15)
+ZERO, ONE, TWO, FOUR, SIX = (f32(number) for number in (0, 1, 2, 4, 6))
+R, G, B = (f32(weight) for weight in LUMA)
+
+
+# --- the numbers: `solo.data.random` and `solo.data.views.sample` for one image ------------------------------------------
+
+
+@exact
+def _mix(word: U) -> U:
+    z = word + GOLDEN
+    z = (z ^ (z >> U(30))) * U(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> U(27))) * U(0x94D049BB133111EB)
+    return z ^ (z >> U(31))
+
+
+@exact
+def _number(stream: U, count: int) -> float:
+    """The count-th number of a sample's stream, uniform on [0, 1)."""
+    return np.float64(_mix(stream + U(count) * GOLDEN) >> U(11)) * 2.0**-53
+
+
+@exact
+def _within(bounds: Array, number: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * number
+
+
+@exact
+def _draw(stream: U, view: Any, row: Any, u: Array) -> None:
+    drawn, height, width = 0, view.height, view.width
+    row.box[:] = view.box
+    if view.random_crop:
+        drawn = 4 * view.tries
+        for first in range(1, drawn, 4):
+            for i in range(4):
+                u[i] = _number(stream, first + i)
+            area, ratio = height * width * _within(view.scale, u[0]), math.exp(_within(view.log_ratio, u[1]))
+            w, h = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
+            if 0 < w <= width and 0 < h <= height:
+                row.box[0], row.box[1] = int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1))
+                row.box[2], row.box[3] = h, w
+                break
+    for i in range(len(u)):
+        u[i] = _number(stream, drawn + 1 + i)
+    row.jitter = u[0] < view.jitter
+    for part in range(4):
+        row.factors[part] = _within(view.factors[part], u[1 + part])
+        place = 0  # its rank among the four numbers that follow
+        for other in range(4):
+            place += u[5 + other] < u[5 + part] or (u[5 + other] == u[5 + part] and other < part)
+        row.order[place] = part
+    row.gray, row.blur, row.sigma = u[9] < view.gray, u[10] < view.blur, _within(view.sigma, u[11])
+    row.solarize, row.equalize, row.flip = u[12] < view.solarize, u[13] < view.equalize, u[14] < view.flip
+
+
+# --- the image ---------------------------------------------------------------------------------------------------------
+
+
+@fast
+def _crop(
+    pixels: Array, row: Any, view: Any, down: Any, across: Any, columns: Array, turned: Array, lines: Array, x: Array
+) -> None:
+    """The box of an image [H * W * C] -> x [C, S * S]: along its rows, turned over, then down its columns."""
+    channels, size = U(len(x)), U(view.size)
+    top, left, height, width = U(row.box[0]), U(row.box[1]), U(row.box[2]), U(row.box[3])
+    pitch = channels * height
+    for y in range(height):
+        source = ((top + y) * U(view.width) + left) * channels
+        for i in range(width * channels):
+            columns[i * height + y] = f32(pixels[source + i])  # [w, C, h]
+    first, weight, taps = across[0][width], across[1][width], U(across[2][width])
+    for i in range(size):
+        place = size - U(1) - i if row.flip else i
+        _taps(columns, U(first[i]) * pitch, pitch, weight[i], taps, turned, place * pitch, pitch)  # [S, C, h]
+    for y in range(height):
+        for c in range(channels):
+            source, target = c * height + y, (c * height + y) * size
+            for i in range(size):
+                lines[target + i] = turned[source + i * pitch]  # [C, h, S]
+    first, weight, taps = down[0][height], down[1][height], U(down[2][height])
+    for c in range(channels):
+        plane, start = x[c], c * height * size
+        for y in range(size):
+            _taps(lines, start + U(first[y]) * size, size, weight[y], taps, plane, y * size, size)
+        for i in range(len(plane)):
+            plane[i] = min(max(plane[i], ZERO), ONE)
+
+
+@inlined
+def _taps(source: Array, start: U, pitch: U, weight: Array, taps: U, target: Array, to: U, n: U) -> None:
+    """target[to + i] = sum over k of weight[k] * source[start + k * pitch + i], for n i; at least four weights exist."""
+    a, b, c, d = weight[0], weight[1], weight[2], weight[3]
+    p, q, r, s = start, start + pitch, start + U(2) * pitch, start + U(3) * pitch
+    for i in range(n):
+        target[to + i] = a * source[p + i] + b * source[q + i] + c * source[r + i] + d * source[s + i]
+    for k in range(U(4), taps):
+        a, p = weight[k], start + k * pitch
+        for i in range(n):
+            target[to + i] += a * source[p + i]
+
+
+@fast
+def _jitter(x: Array, row: Any, neutral: Array) -> None:
+    for part in row.order:
+        if row.factors[part] == neutral[part]:
+            continue
+        factor = f32(row.factors[part])
+        if part == 0:
+            for c in range(len(x)):
+                _towards(x[c], ZERO, factor)
+        elif part == 1:
+            grey = _mean_luma(x)
+            for c in range(len(x)):
+                _towards(x[c], grey, factor)
+        elif len(x) == 3:
+            if part == 2:
+                _saturation(x[0], x[1], x[2], factor)
+            else:
+                _hue(x[0], x[1], x[2], factor)
+
+
+@fast
+def _towards(plane: Array, grey: f32, factor: f32) -> None:
+    rest = (ONE - factor) * grey
+    for i in range(len(plane)):
+        plane[i] = min(max(plane[i] * factor + rest, ZERO), ONE)
+
+
+@fast
+def _mean_luma(x: Array) -> f32:
+    total = ZERO
+    if len(x) == 1:
+        for i in range(x.shape[1]):
+            total += x[0, i]
+    else:
+        r, g, b = x[0], x[1], x[2]
+        for i in range(len(r)):
+            total += R * r[i] + G * g[i] + B * b[i]
+    return total / f32(x.shape[1])
+
+
+@fast
+def _saturation(r: Array, g: Array, b: Array, factor: f32) -> None:
+    for i in range(len(r)):
+        rest = (ONE - factor) * (R * r[i] + G * g[i] + B * b[i])
+        r[i] = min(max(r[i] * factor + rest, ZERO), ONE)
+        g[i] = min(max(g[i] * factor + rest, ZERO), ONE)
+        b[i] = min(max(b[i] * factor + rest, ZERO), ONE)
+
+
+@fast
+def _hue(r: Array, g: Array, b: Array, shift: f32) -> None:
+    """As `kernel_torch`: back from HSV each channel is v - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6."""
+    for i in range(len(r)):
+        red, green, blue = r[i], g[i], b[i]
+        value = max(red, max(green, blue))
+        chroma = value - min(red, min(green, blue))
+        inverse = ONE / (chroma if chroma > ZERO else ONE)
+        six = (red - green) * inverse + FOUR
+        six = (blue - red) * inverse + TWO if value == green else six
+        six = (green - blue) * inverse if value == red else six
+        six += SIX * shift
+        r[i] = _channel(value, chroma, six + f32(5))
+        g[i] = _channel(value, chroma, six + f32(3))
+        b[i] = _channel(value, chroma, six + ONE)
+
+
+@fast
+def _channel(value: f32, chroma: f32, k: f32) -> f32:
+    k -= SIX * np.floor(k * (ONE / SIX))
+    return value - chroma * max(min(min(k, FOUR - k), ONE), ZERO)
+
+
+@fast
+def _gray(r: Array, g: Array, b: Array) -> None:
+    for i in range(len(r)):
+        r[i] = g[i] = b[i] = R * r[i] + G * g[i] + B * b[i]
+
+
+@fast
+def _blur(x: Array, size: U, sigma: float, taps: Array, wide: Array, tall: Array) -> None:
+    """x [C, S * S] blurred in place along both axes, reflected at the border.
+
+    Both passes run over whole planes: ``wide`` and ``tall`` [S + 2 R, S + 2 R] flat, whose lines have room for R
+    reflected pixels at either end, and above and below.
+    """
+    reach, radius = U(len(taps) - 1), U(_gauss(sigma, int(size), taps))
+    pitch = size + U(2) * reach
+    top, bottom = reach * pitch, (reach + size - U(1)) * pitch
+    for plane in x:
+        for y in range(size):
+            source, target = y * size, y * pitch + reach
+            for i in range(size):
+                wide[target + i] = plane[source + i]
+            for k in range(U(1), radius + U(1)):
+                wide[target - k] = plane[source + k]
+                wide[target + size - U(1) + k] = plane[source + size - U(1) - k]
+        _smooth(wide, int(reach), 1, taps, int(radius), tall[top : top + size * pitch - U(2) * reach])
+        for k in range(U(1), radius + U(1)):
+            for i in range(size):
+                tall[top - k * pitch + i] = tall[top + k * pitch + i]
+                tall[bottom + k * pitch + i] = tall[bottom - k * pitch + i]
+        _smooth(tall, int(top), int(pitch), taps, int(radius), wide[: size * pitch])
+        for y in range(size):
+            source, target = y * pitch, y * size
+            for i in range(size):
+                plane[target + i] = wide[source + i]
+
+
+@exact
+def _gauss(sigma: float, size: int, taps: Array) -> int:
+    """One side of the Gaussian, as far as three standard deviations or the reflection reach: how many, besides taps[0]."""
+    radius, total = min(int(math.ceil(3 * sigma)), size - 1), 1.0
+    for k in range(1, radius + 1):
+        total += 2 * math.exp(-0.5 * (k / sigma) ** 2)
+    for k in range(radius + 1):
+        taps[k] = f32(math.exp(-0.5 * (k / sigma) ** 2) / total)
+    return radius
+
+
+@fast
+def _smooth(source: Array, start: int, step: int, taps: Array, radius: int, target: Array) -> None:
+    """target[i] = sum over |k| <= radius of taps[|k|] * source[start + i + k * step], two k at a time."""
+    n = len(target)
+    for k in range(1, radius + 1, 2):
+        near, far, last = taps[k], taps[k + 1] if k < radius else ZERO, min(k + 1, radius)
+        a, b = source[start - k * step :][:n], source[start + k * step :][:n]
+        c, d = source[start - last * step :][:n], source[start + last * step :][:n]
+        if k == 1:
+            centre, middle = taps[0], source[start:][:n]
+            for i in range(n):
+                target[i] = centre * middle[i] + near * (a[i] + b[i]) + far * (c[i] + d[i])
+        else:
+            for i in range(n):
+                target[i] += near * (a[i] + b[i]) + far * (c[i] + d[i])
+
+
+@fast
+def _solarize(plane: Array, threshold: f32) -> None:
+    for i in range(len(plane)):
+        plane[i] = ONE - plane[i] if plane[i] >= threshold else plane[i]
+
+
+@exact
+def _equalize(plane: Array, levels: Array) -> None:
+    """As torchvision: through 256 levels, Pillow's rounding, and unchanged where there are too few pixels to spread."""
+    levels[:] = 0
+    for i in range(len(plane)):
+        levels[min(int(plane[i] * f32(255.999)), 255)] += 1
+    last = 255
+    while levels[last] == 0:
+        last -= 1
+    step = (len(plane) - levels[last]) // 255
+    total = 0
+    for level in range(256):
+        count, levels[level] = levels[level], level if step == 0 else min((total + step // 2) // step, 255)
+        total += count
+    for i in range(len(plane)):
+        plane[i] = f32(levels[min(int(plane[i] * f32(255.999)), 255)]) * f32(1 / 255)
+
+
+@fast
+def _store(plane: Array, scale: f32, shift: f32, target: Array) -> None:
+    for i in range(len(plane)):
+        target[i] = plane[i] * scale + shift
+
+
+@exact
+def _render(
+    image: Array, row: Any, view: Any, down: Any, across: Any, work: Any, scale: Array, shift: Array, out: Array
+) -> None:
+    columns, turned, lines, x, taps, wide, tall, levels = work
+    _crop(image, row, view, down, across, columns, turned, lines, x)
+    if row.jitter:
+        _jitter(x, row, view.neutral)
+    if row.gray and len(x) == 3:
+        _gray(x[0], x[1], x[2])
+    if row.blur:
+        _blur(x, U(view.size), row.sigma, taps, wide, tall)
+    for c in range(len(x)):
+        if row.solarize:
+            _solarize(x[c], f32(view.threshold))
+        if row.equalize:
+            _equalize(x[c], levels)
+        _store(x[c], scale[c], shift[c], out[c])
+
+
+@exact
+def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
+    """The memory of one thread. What reads past its contents meets weights of zero."""
+    height, width, size, pitch = view.height, view.width, view.size, view.size + 2 * view.reach
+    return (
+        np.zeros((width + taps) * channels * height, f32),
+        np.zeros(size * channels * height, f32),
+        np.zeros((height * channels + taps) * size, f32),
+        np.zeros((channels, size * size), f32),
+        np.zeros(view.reach + 1, f32),
+        np.zeros(pitch * pitch, f32),
+        np.zeros(pitch * pitch, f32),
+        np.zeros(256, np.int64),
+    )
+
+
+@kept
+def draw(seed: int, epoch: int, number: int, samples: Array, view: Any, rows: Array) -> None:
+    """What happens to view ``number`` of each sample, as `solo.data.views.sample` draws it, into ``rows`` [n]."""
+    u, word = np.zeros(15), _mix(_mix(_mix(U(seed)) ^ U(epoch)) ^ U(number))
+    for i in range(len(samples)):
+        _draw(_mix(word ^ U(samples[i])), view, rows[i], u)
+
+
+@kept
+def render(
+    images: Array, shown: Array, rows: Array, view: Any, down: Any, across: Any, scale: Array, shift: Array, out: Array
+) -> None:
+    """Do to images [N, H * W * C] uint8, those of ``shown`` [n], what ``rows`` [n] say; times ``scale`` plus ``shift``.
+
+    Args:
+        down, across: `solo.data.engines.kernel_numba.table` of the columns and of the rows.
+        out: [n, C, S * S] float32, written.
+    """
+    work = _work(view, out.shape[1], max(down[1].shape[2], across[1].shape[2]))
+    for i in range(len(rows)):
+        _render(images[shown[i]], rows[i], view, down, across, work, scale, shift, out[i])

@@ -1,0 +1,184 @@
+"""The fast engine's kernel where numba is absent: a batch of images at once in plain torch."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from solo.data.engines import Job
+from solo.data.engines.torchvision import blur_radius
+from solo.data.random import Draws
+from solo.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION, SOLARIZE_THRESHOLD, Params, View, sample
+
+_CHUNK = 128  # images whose working set stays in the processor's cache
+LUMA = (0.2989, 0.587, 0.114)
+
+
+class TorchKernel:
+    """Fills batches; see `solo.data.engines.fast.Kernel`."""
+
+    def __init__(self, job: Job, images: np.ndarray) -> None:
+        self._job, self._images = job, torch.from_numpy(images)
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (job.mean, job.std))
+
+    def fill(self, out: Tensor, number: int, epoch: int, samples: np.ndarray, shown: np.ndarray) -> None:
+        heights, widths = (np.full(len(samples), side) for side in self._images.shape[1:3])
+        params = sample(self._job.views[number], Draws(self._job.seed, epoch, samples, number), heights, widths)
+        for i in range(0, len(samples), _CHUNK):
+            part = slice(i, i + _CHUNK)
+            x = _chunk(self._job.views[number], params.row(part), self._images[torch.from_numpy(shown[part])])
+            torch.sub(x, self._mean, out=out[part]).div_(self._std)
+
+
+def apply(view: View, params: Params, images: np.ndarray) -> Tensor:
+    """One augmented copy of each image [n, H, W, C] uint8: [n, C, S, S] float32 in 0..1."""
+    chunks = [slice(i, i + _CHUNK) for i in range(0, len(images), _CHUNK)]
+    return torch.cat([_chunk(view, params.row(part), torch.from_numpy(images[part])) for part in chunks])
+
+
+def _chunk(view: View, params: Params, images: Tensor) -> Tensor:
+    x = _crop(images, params, view.crop_size)  # [n, C, S, S]
+    if view.color_jitter.prob:
+        _jitter(x, params)
+    if view.grayscale.prob and x.shape[1] == 3:
+        rows = _rows(params.gray)
+        x[rows] = _luma(x[rows]).expand(-1, 3, -1, -1)
+    if view.gaussian_blur.prob:
+        rows = _rows(params.blur)
+        x[rows] = _blur(x[rows], params.sigma[params.blur])
+    if view.solarization.prob:
+        rows = _rows(params.solarize)
+        part = x[rows]
+        x[rows] = part.lerp_(1 - part, part.ge(SOLARIZE_THRESHOLD).float())
+    if view.equalization.prob:
+        rows = _rows(params.equalize)
+        x[rows] = functional.equalize(x[rows].contiguous())
+    return x
+
+
+def _rows(mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask))
+
+
+def _crop(images: Tensor, params: Params, size: int) -> Tensor:
+    """Crop, resize and mirror: one interpolation matrix per image and axis. Returns [n, C, S, S]."""
+    n, height, width, channels = images.shape
+    top, left, box_height, box_width = params.box.T
+    down = _resize_table(height, size)[_entry(top, box_height, height)].div_(255)  # [n, S, H]
+    across = _resize_table(width, size)[_entry(left, box_width, width)]  # [n, S, W]
+    flip = _rows(params.flip)
+    across[flip] = across[flip].flip(1)
+    x = images.transpose(2, 3).contiguous().view(n, height, channels * width).float()
+    x = torch.bmm(down, x)  # [n, S, C * W]
+    x = torch.bmm(x.view(n, size * channels, width), across.transpose(1, 2))  # [n, S * C, S]
+    return x.view(n, size, channels, size).clamp_(0, 1).transpose(1, 2)
+
+
+def _entry(offset: np.ndarray, length: np.ndarray, full: int) -> Tensor:
+    """Row of `_resize_table` for the crop [offset, offset + length) of an axis of ``full`` pixels."""
+    before = (length - 1) * (full + 1) - (length - 1) * length // 2  # crops of all smaller lengths
+    return torch.from_numpy(before + offset)
+
+
+@lru_cache(maxsize=32)
+def _resize_table(full: int, size: int) -> Tensor:
+    """Antialiased bicubic matrices of every crop of an axis: [full * (full + 1) / 2, size, full], by length, then offset."""
+    table = torch.zeros(full * (full + 1) // 2, size, full)
+    row = 0
+    for length in range(1, full + 1):
+        matrix = resize_matrix(length, size)
+        for offset in range(full - length + 1):
+            table[row, :, offset : offset + length] = matrix
+            row += 1
+    return table
+
+
+def resize_matrix(length: int, size: int) -> Tensor:
+    """[size, length]: Keys' cubic (a = -0.5), widened when shrinking, renormalised at the edges; as torch and Pillow do."""
+    if length == size:
+        return torch.eye(size)
+    scale = length / size
+    width = max(scale, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    source = torch.arange(length, dtype=torch.float64)
+    first = (centre - 2 * width + 0.5).long().clamp(min=0)
+    last = (centre + 2 * width + 0.5).long().clamp(max=length)
+    x = ((source - centre[:, None] + 0.5) / width).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
+    weight = weight * ((source >= first[:, None]) & (source < last[:, None]))
+    return (weight / weight.sum(1, keepdim=True)).float()
+
+
+def _jitter(x: Tensor, params: Params) -> None:
+    """Colour jitter in place: at each of the four places in the order, each part on the images that have it there."""
+    adjust = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
+    for place in range(4):
+        for part, operation in adjust.items():
+            mask = params.jitter & (params.order[:, place] == part) & (params.factors[:, part] != NEUTRAL[part])
+            if mask.any():
+                rows = _rows(mask)
+                factor = torch.from_numpy(params.factors[mask, part].astype(np.float32)).view(-1, 1, 1, 1)
+                x[rows] = operation(x[rows], factor)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """[n, C, S, S] -> [n, 1, S, S]."""
+    if x.shape[1] == 1:
+        return x
+    r, g, b = x.split(1, dim=1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return x.mul(factor).add_(other * (1 - factor)).clamp_(0, 1)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul(factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(x, _luma(x).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return x if x.shape[1] == 1 else _blend(x, _luma(x), factor)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue: back from HSV each channel is v - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6."""
+    if x.shape[1] == 1:
+        return x
+    r, g, b = x.split(1, dim=1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    inverse = chroma.clamp(min=1e-12).reciprocal_()
+    six = (r - g).mul_(inverse).add_(4)
+    six.lerp_((b - r).mul_(inverse).add_(2), value.eq(g).float())  # several times faster than torch.where
+    six.lerp_((g - b).mul_(inverse), value.eq(r).float())
+    k = six + (6 * shift + torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1))
+    k.sub_((k / 6).floor_(), alpha=6)
+    return torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma).neg_().add_(value)
+
+
+def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
+    """The Gaussian along both axes as one matrix per image, reflected at the border."""
+    size = x.shape[-1]
+    matrix = torch.from_numpy(_blur_matrices(sigma, size))[:, None]  # [n, 1, S, S]
+    return torch.matmul(matrix @ x, matrix.transpose(2, 3))
+
+
+def _blur_matrices(sigma: np.ndarray, size: int) -> np.ndarray:
+    radius = np.array([blur_radius(float(s), size) for s in sigma], dtype=np.int64)
+    reach = int(radius.max(initial=0))
+    tap = np.arange(-reach, reach + 1)
+    weight = np.exp(-0.5 * (tap / sigma[:, None]) ** 2) * (np.abs(tap) <= radius[:, None])
+    weight = (weight / weight.sum(1, keepdims=True)).astype(np.float32)  # [n, taps]
+    source = np.abs(np.arange(size)[:, None] + tap)  # [S, taps], reflected at 0
+    source = np.where(source >= size, 2 * (size - 1) - source, source)
+    matrices = np.zeros((len(sigma), size, size), dtype=np.float32)
+    for t in range(len(tap)):
+        matrices[:, np.arange(size), source[:, t]] += weight[:, t, None]
+    return matrices
