@@ -105,7 +105,7 @@ class UniGrad(Method):
             case "simsiam" | "byol_directpred":
                 self.predictor = DirectPredictor(out, c["rho"], c["eps"], c["eigen_every"])
             case "moco":
-                self.queue = Queue(c["queue_size"], out)
+                self.queue = Queue(c["queue_size"], out, views=2)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         views, other, share = cutmix(batch.views, self.config.cutmix)
