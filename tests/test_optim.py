@@ -40,7 +40,7 @@ def test_lars_defaults_are_published():
     defaults = LARS([torch.zeros(1, requires_grad=True)], lr=1.0).defaults
     assert defaults == {
         "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False,
-        "dampening": 0.0, "nesterov": False, "eps": 1e-8,
+        "dampening": 0.0, "nesterov": False, "eps": 1e-8, "decay_first": False,
     }
 
 

@@ -125,12 +125,15 @@ def test_linear_evaluation_without_a_recipe_is_the_published_one():
 # --- views: crop scale; jitter prob, brightness, contrast, saturation, hue; grey, blur, solarise, equalise, flip ----------
 
 WHOLE, MILD, WEAK, STRONG = (0.08, 1.0), (0.8, 0.4, 0.4, 0.2, 0.1), (0.8, 0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.8, 0.2)
+NONE = (0.0,) * 5
 SMALL = [(WHOLE, MILD, 0.2, 0.0, 0.0, 0.0, 0.5), (WHOLE, MILD, 0.2, 0.0, 0.2, 0.0, 0.5)]
 LARGE = [(WHOLE, MILD, 0.2, 1.0, 0.0, 0.0, 0.5), (WHOLE, MILD, 0.2, 0.1, 0.2, 0.0, 0.5)]
 VIEWS = {
     "asymmetric": {"cifar": SMALL, "imagenet-100": LARGE, "imagenet": LARGE, "custom": LARGE},
     "symmetric": [(WHOLE, STRONG, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
     "symmetric_weak": [(WHOLE, WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
+    "mocov2": [((0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,        # UniGrad's
+    "weak_strong": [((0.2, 1.0), NONE, 0.0, 0.0, 0.0, 0.0, 0.5), ((0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)],     # SCE's
 }
 FILES = sorted(path for name in ("cifar", "imagenet-100", "imagenet", "custom")
                for path in (PRETRAIN / name / "augmentations").glob("*.yaml") if path.stem in VIEWS)
@@ -140,6 +143,7 @@ def test_the_table_covers_the_views_of_every_recipe():
     assert {path.relative_to(PRETRAIN).as_posix() for path in FILES} >= {
         *(f"{name}/augmentations/asymmetric.yaml" for name in VIEWS["asymmetric"]),
         "cifar/augmentations/symmetric.yaml", "cifar/augmentations/symmetric_weak.yaml",
+        "cifar/augmentations/weak_strong.yaml", "imagenet/augmentations/mocov2.yaml",
     }
 
 

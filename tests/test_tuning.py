@@ -143,7 +143,7 @@ def test_memory_of_a_cpu_ends_the_search_before_the_system_does(monkeypatch):
 
 @pytest.mark.parametrize("changes, error, message", [
     ({"auto_lr": True, "devices": 2}, ConfigError, "auto_lr search in one process, and this run has 2: search with devices=1"),
-    ({"auto_lr": True, "precision": "fp3"}, ConfigError, "the Trainer refuses its arguments"),
+    ({"auto_lr": True, "precision": "fp3"}, ConfigError, "precision must be one of"),
     ({"auto_lr": True, "optimizer": {"batch_size": 24}}, ConfigError, "queue_size=32 is not a multiple of the global batch 24"),
     ({"auto_lr": True, "optimizer": {"batch_size": 128}}, ConfigError, "0 steps"),
     ({**BOTH, "method_kwargs": {"queue_size": 67}}, ConfigError, "only a batch of 1 divides"),

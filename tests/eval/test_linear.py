@@ -209,7 +209,7 @@ def test_protocol_finetunes_to_another_folder(tmp_path):
     ({"backbone": {"name": "resnet34"}}, r"does not fit backbone resnet34: missing .*; unexpected "),
     ({"backbone": {"stem": "smal"}}, r"backbone.stem must be one of"),
     ({"data": {"in_chans": 1}}, r"set data.in_chans=3"),
-    ({"accelerator": "cpuu"}, r"Trainer refuses"),
+    ({"accelerator": "cpuu"}, r"accelerator must be one of auto, .*, got 'cpuu': did you mean cpu\?"),
 ])
 def test_wrong_requests(tmp_path, change, message):
     run = make_run(tmp_path / "run")
