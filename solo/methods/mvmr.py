@@ -11,6 +11,7 @@ from solo.losses import mvmr_loss_func
 from solo.losses.mvmr import Sign
 from solo.methods.base import METHODS, Method
 from solo.nn import mlp
+from solo.ranges import require
 from solo.registry import UnknownName
 from solo.representations import REPRESENTATIONS, represent
 from solo.towers import Tower, TowerConfig
@@ -58,8 +59,8 @@ class MVMR(Method):
                     problems.append(f"representations.{name} must not be negative, got {weight}")
             if self.teacher is None and self.teacher_weight != 1:
                 problems.append(f"teacher_weight={self.teacher_weight:g} weighs nothing: there is no teacher")
-            if problems:
-                raise ValueError("\n".join(problems))
+            weights = "invariance_weight variance_weight views_weight teacher_weight"
+            require(self, at_least_1="proj_hidden_dim proj_output_dim", at_least_0=f"std_margin {weights}", also=problems)
 
     originals = 1
     local_terms = {"loss": 1.0}         # as published

@@ -9,6 +9,7 @@ from solo.batch import Batch
 from solo.losses import sce_multicrop_loss_func
 from solo.methods.base import METHODS, Method
 from solo.nn import Momentum, Queue, Teacher, mlp
+from solo.ranges import require
 from solo.schedules import Ramp, ends, value_at
 
 
@@ -47,14 +48,15 @@ class SCE(Method):
 
         def __post_init__(self) -> None:
             rules = (
-                (min(self.temperature, *ends(self.temperature_m)) > 0, "temperature and temperature_m must be positive"),
+                (min(ends(self.temperature_m)) > 0, f"temperature_m must be positive, got {self.temperature_m}"),
                 (all(0 <= end <= 1 for end in ends(self.coeff)), f"coeff must lie in [0, 1], got {self.coeff}"),
-                (self.proj_layers > 0, f"proj_layers must be at least 1, got {self.proj_layers}"),
                 (self.queue_size or self.in_batch, "queue_size=0 leaves no image to compare with: set in_batch=true"),
                 (self.mask_self or not self.in_batch, "in_batch=true compares an image with itself: set mask_self=true"),
             )
-            if problems := [problem for holds, problem in rules if not holds]:
-                raise ValueError("\n".join(problems))
+            require(
+                self, positive="temperature", at_least_1="proj_layers proj_hidden_dim proj_output_dim",
+                at_least_0="pred_hidden_dim queue_size", also=[problem for holds, problem in rules if not holds],
+            )
 
     multicrop = True
 

@@ -23,6 +23,7 @@ from solo.losses.unigrad import (
 )
 from solo.methods.base import METHODS, Method
 from solo.nn import Correlation, Momentum, Queue, Teacher, mlp
+from solo.ranges import require
 
 # Constants of each form. Published, but for the queue's size (MoCo's own) and the steps between eigendecompositions.
 _DIRECTPRED = {"rho": 0.99, "eps": 0.3, "eigen_every": 10}
@@ -81,12 +82,9 @@ class UniGrad(Method):
                     problems.append(f"{name}={value} means nothing to form={self.form}, which has {', '.join(own)}")
                 elif not low <= value <= high:
                     problems.append(f"{name} must lie between {low} and {high}, got {value}")
-            if self.cutmix < 0:
-                problems.append(f"cutmix must not be negative, got {self.cutmix}")
             if self.cutmix and self.momentum is None:
                 problems.append("cutmix needs a teacher, which sees the images unmixed: leave momentum=null or cutmix away")
-            if problems:
-                raise ValueError("\n".join(problems))
+            require(self, at_least_1="proj_hidden_dim proj_output_dim", at_least_0="cutmix", also=problems)
 
         @property
         def constants(self) -> dict[str, Any]:

@@ -117,6 +117,10 @@ def test_wrong_configs_are_told(tmp_path):
     assert "method_kwargs.teacher_weight=2 weighs nothing: there is no teacher" in str(error.value)
     assert "no 'scatering' in solo.representations, did you mean 'scattering'?" in str(error.value)
     assert "representations.raw must not be negative" in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        bind(MVMR.Config, {"proj_hidden_dim": 0, "std_margin": -1.0, "views_weight": -1.0}, "method_kwargs")
+    for name, least in (("proj_hidden_dim", 1), ("std_margin", 0), ("views_weight", 0)):
+        assert f"method_kwargs.{name} must be at least {least}" in str(error.value)
 
 
 def test_the_first_view_must_be_the_image_as_it_is(tmp_path):

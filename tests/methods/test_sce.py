@@ -192,6 +192,9 @@ def test_schedules_follow_progress():
     ({"queue_size": 0}, "set in_batch=true"),
     ({"in_batch": True}, "set mask_self=true"),
     ({"proj_layers": 0}, "proj_layers must be at least 1"),
+    ({"proj_hidden_dim": 0}, "proj_hidden_dim must be at least 1"),
+    ({"temperature": 0}, "temperature must be positive"),
+    ({"queue_size": -8}, "queue_size must be at least 0"),
 ])
 def test_wrong_fields_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):

@@ -254,7 +254,8 @@ def test_a_block_of_momentum_keeps_the_methods_other_value(tmp_path):
     ("unigrad", {"rho": 1.5}, {}, "method_kwargs.rho must lie between 0 and 1, got 1.5"),
     ("unigrad", {"form": "byol_directpred", "eigen_every": 0}, {}, "eigen_every must lie between 1 and inf, got 0"),
     ("unigrad", {"form": "byol"}, {}, "method_kwargs.form must be one of unigrad, simclr"),
-    ("unigrad", {"cutmix": -1.0}, {}, "method_kwargs.cutmix must not be negative, got -1.0"),
+    ("unigrad", {"proj_output_dim": 0}, {}, "method_kwargs.proj_output_dim must be at least 1, got 0"),
+    ("unigrad", {"cutmix": -1.0}, {}, "method_kwargs.cutmix must be at least 0, got -1.0"),
 ])
 def test_what_cannot_train_is_one_line(tmp_path, method, kwargs, momentum, line):
     with pytest.raises(ConfigError) as error:
