@@ -72,37 +72,55 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            used = [p for p in group["params"] if p.grad is not None]
-            gradients = [self._scaled(p, p.grad, group) for p in used if p.grad is not None]
-            if group["momentum"]:
-                gradients = [self._with_momentum(p, g, group) for p, g in zip(used, gradients, strict=True)]
-            if used:
-                torch._foreach_add_(used, gradients, alpha=-group["lr"])
+        for options, params in self._alike():
+            updates = self._scaled(params, options)
+            if options["momentum"]:
+                updates = self._with_momentum(params, updates, options)
+            torch._foreach_add_(params, updates, alpha=-options["lr"])
         return loss
 
-    @staticmethod
-    def _scaled(p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        if p.ndim == 1 and group["exclude_bias_n_norm"]:
-            return g
-        decay = group["weight_decay"]
-        decayed = g + decay * p
-        plain = decayed if group["decay_first"] else g
-        p_norm, g_norm = p.norm(), plain.norm()
-        whole = g_norm if group["decay_first"] else g_norm + decay * p_norm
-        ratio = group["eta"] * p_norm / (whole + group["eps"])
-        if group["clip_lr"]:
-            ratio = (ratio / group["lr"]).clamp(max=1)
-        return torch.where((p_norm > 0) & (g_norm > 0), ratio * decayed, plain)
+    def _alike(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Parameters with a gradient, those of groups with the same options together: fewer and larger operations."""
+        alike: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
+        for group in self.param_groups:
+            used = [p for p in group["params"] if p.grad is not None]
+            if used:
+                _, params = alike.setdefault(tuple(group[name] for name in self.defaults), (group, []))
+                params += used
+        return list(alike.values())
 
-    def _with_momentum(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = g.clone()
-        else:
-            state["momentum_buffer"].mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
-        buffer: Tensor = state["momentum_buffer"]
-        return g + group["momentum"] * buffer if group["nesterov"] else buffer
+    @staticmethod
+    def _scaled(params: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+        """The gradients, those of tensors that are not left alone decayed and rescaled; no host sync."""
+        updates = [p.grad for p in params if p.grad is not None]
+        chosen = [i for i, p in enumerate(params) if p.ndim != 1 or not options["exclude_bias_n_norm"]]
+        if not chosen:
+            return updates
+        weights, gradients = [params[i] for i in chosen], [updates[i] for i in chosen]
+        decay, first = options["weight_decay"], options["decay_first"]
+        decayed = torch._foreach_add(gradients, weights, alpha=decay)
+        p_norm = torch.stack(torch._foreach_norm(weights))                                              # [tensors]
+        g_norm = torch.stack(torch._foreach_norm(decayed if first else gradients))                      # [tensors]
+        ratio = options["eta"] * p_norm / ((g_norm if first else g_norm + decay * p_norm) + options["eps"])
+        if options["clip_lr"]:
+            ratio = (ratio / options["lr"]).clamp(max=1)
+        alone = torch.ones_like(ratio) if first else (g_norm != 0).to(ratio.dtype)  # a zero g gets no decay, a zero p has none
+        factor = torch.where((p_norm > 0) & (g_norm > 0), ratio, alone)
+        for i, update in zip(chosen, torch._foreach_mul(decayed, list(factor.unbind())), strict=True):
+            updates[i] = update
+        return updates
+
+    def _with_momentum(self, params: list[Tensor], updates: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+        states = [self.state[p] for p in params]
+        old = [i for i, state in enumerate(states) if "momentum_buffer" in state]
+        for i in set(range(len(params))) - set(old):
+            states[i]["momentum_buffer"] = updates[i].clone()
+        buffers: list[Tensor] = [state["momentum_buffer"] for state in states]
+        if old:
+            moved = [buffers[i] for i in old]
+            torch._foreach_mul_(moved, options["momentum"])
+            torch._foreach_add_(moved, [updates[i] for i in old], alpha=1 - options["dampening"])
+        return list(torch._foreach_add(updates, buffers, alpha=options["momentum"])) if options["nesterov"] else buffers
 
 
 @OPTIMIZERS.register("larc")
