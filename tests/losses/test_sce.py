@@ -100,16 +100,19 @@ def test_pairs_equal_official(golden, kind, size, dtype):
     assert singles == pytest.approx(z["pair_loss"].tolist(), rel=TOLERANCE[dtype][0])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", ["small", "medium"])
-def test_target_equals_official(golden, size):
+def test_target_equals_official(golden, size, dtype):
     z = golden(f"sce_target_{size}")
-    x = cast(z, torch.float64)
+    x = cast(z, dtype)
     k, queue = F.normalize(x["k_raw"], dim=-1), x["queue"]
+    rel = TOLERANCE[dtype][0]
     for (temperature_m, coeff), official in zip(z["grid"].tolist(), z["target"], strict=True):
         for row, expected in zip(k[:8], official, strict=False):
-            assert soft_target(row, queue, None, temperature_m, coeff, False) == pytest.approx(expected.tolist(), rel=1e-10)
-        ours = sce._targets(k[None], queue, None, temperature_m, coeff, False)[0]                   # [N, D]
-        torch.testing.assert_close(ours, official[:, :1] * k + official[:, 1:] @ queue, rtol=0, atol=1e-10)
+            assert soft_target(row, queue, None, temperature_m, coeff, False) == pytest.approx(expected.tolist(), rel=rel)
+        ours = sce._targets(k[None], queue, None, temperature_m, coeff, False)[0].double()          # [N, D]
+        expected = official[:, :1] * k.double() + official[:, 1:] @ queue.double()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=rel * expected.abs().max().item())
 
 
 # --- the equation -----------------------------------------------------------------------------------------------------
