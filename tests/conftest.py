@@ -1,8 +1,9 @@
 """Golden values and real images are reached by ``SOLO_SHARED`` (default: ``../shared`` beside the repository)."""
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def load_golden(name: str) -> Golden:
         golden = Golden({key: torch.from_numpy(np.array(file[key])) for key in file.files if key != "params"})
         golden.params = json.loads(str(file["params"]))
     return golden
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A command makes this library's logger talk (`quiet_libraries`): it must not talk in the tests that follow."""
+    log = logging.getLogger("solo")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture
