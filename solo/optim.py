@@ -85,7 +85,7 @@ class LARS(Optimizer):
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
             if used:
-                _, params = alike.setdefault(tuple(group[name] for name in self.defaults), (group, []))
+                _, params = alike.setdefault(tuple(group.get(name) for name in self.defaults), (group, []))
                 params += used
         return list(alike.values())
 

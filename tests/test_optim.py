@@ -328,3 +328,16 @@ def test_a_step_is_few_operations_and_waits_for_nothing():
         optimizer.step()
     assert len(seen.names) <= 40, seen.names
     assert not [name for name in seen.names if "_local_scalar_dense" in name or "is_nonzero" in name]
+
+
+def test_a_loaded_state_steps_on():
+    """torch adds defaults of its own to an optimizer whose state it has loaded."""
+    p = torch.ones(2, 2, requires_grad=True)
+    p.grad = torch.ones(2, 2)
+    first, second = (LARS([p], lr=0.1, momentum=0.9, eta=0.02) for _ in range(2))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        expected = p - 0.1 * (0.9 * first.state[p]["momentum_buffer"] + 0.02 * p.norm() / 2 * p.grad)
+    second.step()
+    torch.testing.assert_close(p, expected)
