@@ -66,7 +66,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
-    _try(config, model, in_chans, image_size)
+    model.num_features = _width(config, model, in_chans, image_size)    # timm's own is that before a head's last layer  # type: ignore[assignment]
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
         model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions
@@ -78,8 +78,8 @@ def _unsuitable(config: BackboneConfig, error: Exception) -> ConfigError:
     return ConfigError(f"backbone.kwargs do not suit {config.name}: {reason}")
 
 
-def _try(config: BackboneConfig, model: nn.Module, in_chans: int, image_size: int) -> None:
-    """One black image: some wrong keyword arguments only show then."""
+def _width(config: BackboneConfig, model: nn.Module, in_chans: int, image_size: int) -> int:
+    """Features of one black image: some wrong keyword arguments only show then."""
     training = model.training
     try:
         with torch.no_grad():
@@ -88,10 +88,10 @@ def _try(config: BackboneConfig, model: nn.Module, in_chans: int, image_size: in
         raise _unsuitable(config, error) from error
     finally:
         model.train(training)
-    wanted = (1, getattr(model, "num_features", 0))
-    if not isinstance(feats, torch.Tensor) or feats.shape != wanted or not feats.numel():
+    if not isinstance(feats, torch.Tensor) or feats.ndim != 2 or not feats.numel():
         got = list(feats.shape) if isinstance(feats, torch.Tensor) else type(feats).__name__
         raise ConfigError(f"backbone.kwargs do not suit {config.name}: features [1, dim] are needed, it gives {got}")
+    return feats.shape[1]
 
 
 def _small_stem(model: nn.Module, in_chans: int, padding: int) -> None:

@@ -82,3 +82,10 @@ def test_no_width_crashes_the_process_at_224_pixels(in_chans):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, f"{ended.returncode} after {ended.stdout.splitlines()[-1:]}: {ended.stderr[-300:]}"
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t"])
+def test_the_width_is_that_of_the_features(name):
+    """timm's MobileNetV3 says 288 and gives 1024."""
+    model = backbones.build(BackboneConfig(name=name, stem="imagenet"), image_size=64)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features)

@@ -193,7 +193,7 @@ def main() -> None:
     parts = {name: at_projections(gradients(form, embeddings), embeddings) for name, form in FORMS.items()}
     norms = {part: [of[part].norm(dim=1).mean().item() for of in parts.values()] for part in PARTS}
     similar = {part: cosines([of[part] for of in parts.values()]) for part in PARTS}
-    state = f"{settings.method} after {options.checkpoint}" if options.checkpoint else "untrained network"
+    state = f"{settings.method} after {Path(options.checkpoint).name}" if options.checkpoint else "untrained network"
     title = f"Gradients at the projections of {options.images} CIFAR-10 images, two views, {state}"
     print(title, table(norms, similar), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
