@@ -66,7 +66,8 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if expected and tuple(expected) != (image_size, image_size):
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
-    model.num_features = _width(config, model, in_chans, image_size)    # timm's own is that before a head's last layer  # type: ignore[assignment]
+    # timm's own is the width before a head's last layer
+    model.num_features = _width(config, model, in_chans, image_size)  # type: ignore[assignment]
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
         model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions
