@@ -7,6 +7,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -169,6 +170,8 @@ def _ahead(payloads: Iterator[Payload]) -> Generator[Payload, None, None]:
 
     def close() -> None:
         stop.set()
+        with suppress(queue.Empty):
+            ready.get_nowait()  # room for a producer that waits for some: it sees at once that it is to stop
         thread.join()
 
     thread.start()
