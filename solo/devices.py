@@ -86,6 +86,9 @@ def settle(trainer: dict[str, Any]) -> tuple[dict[str, Any], int]:
     gpus = torch.cuda.device_count()
     if kind == "gpu" and max(numbers) >= gpus:
         raise EnvironmentFault(f"devices={arguments['devices']}, but this machine has {gpus} GPUs: use devices={gpus} or fewer")
+    if kind == "cpu" and len(numbers) > (most := max(8, os.cpu_count() or 1)):
+        raise EnvironmentFault(f"devices={arguments['devices']} processes on {os.cpu_count()} cores: "
+                               f"use devices={most} or fewer")
     nodes = arguments.get("num_nodes", 1)
     processes = len(numbers) * nodes
     if nodes > 1 and not any(name in os.environ for name in _STARTED):
@@ -103,6 +106,20 @@ def settle(trainer: dict[str, Any]) -> tuple[dict[str, Any], int]:
         if arguments.get("strategy") == "ddp":
             arguments["strategy"] = "auto"
     return arguments, processes
+
+
+def torch_device(name: str | None) -> torch.device:
+    """A device by torch's name; None: the GPU where there is one.
+
+    Raises:
+        EnvironmentFault: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EnvironmentFault(f"device={name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _kind(accelerator: Any) -> str:

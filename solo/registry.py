@@ -28,10 +28,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         group: the entry-point group, e.g. ``solo.methods``; also the name used in errors.
+        kind: what ``"module:attribute"`` must be an instance of.
     """
 
-    def __init__(self, group: str) -> None:
-        self.group = group
+    def __init__(self, group: str, kind: type = object) -> None:
+        self.group, self.kind = group, kind
         self._rows: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -59,9 +60,12 @@ class Registry(Mapping[str, T], Generic[T]):
     def _imported(self, name: str) -> T:
         module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            thing: T = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
             raise UnknownName(f"{name!r} cannot be imported for {self.group}: {error}") from error
+        if not isinstance(thing, self.kind):
+            raise UnknownName(f"{name!r} is no {self.kind.__name__}")
+        return thing
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows

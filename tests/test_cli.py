@@ -95,6 +95,7 @@ WRONG = {
     ("accelerator=tpu",): ["accelerator must be one of auto, cpu, gpu, cuda, mps, got 'tpu'"],
     ("devices=",): ["devices must be how many, a list of GPU numbers, or auto, got ''"],
     ("devices=[0,0]",): ["devices=[0, 0] names a device twice"],
+    ("devices=1000", "method_kwargs.queue_size=8000"): ["devices=1000 processes on", "or fewer"],
     ("devices=1,2",): ["Ambiguous value for argument '++devices=1,2'"],
     ("num_nodes=0",): ["num_nodes must be at least 1, got 0"],
     ("num_nodes=2",): ["num_nodes=2 needs the same command on each node: start it with launcher.py --nodes 2"],
@@ -130,7 +131,12 @@ WRONG = {
     ("checkpoint.dir=text.ckpt/runs",): ["checkpoint.dir=text.ckpt/runs cannot be written: Not a directory"],
     ("auto_resume.enabled=true", "+auto_resume.max_hour=3"): ["auto_resume.max_hour: did you mean auto_resume.max_hours?"],
 }
-MACHINE = {("accelerator=gpu",), ("wandb.enabled=true",), ("checkpoint.dir=text.ckpt/runs",)}  # these are its faults: 5
+MACHINE = {  # these are its faults: 5
+    ("accelerator=gpu",),
+    ("devices=1000", "method_kwargs.queue_size=8000"),
+    ("wandb.enabled=true",),
+    ("checkpoint.dir=text.ckpt/runs",),
+}
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)

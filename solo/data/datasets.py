@@ -49,7 +49,7 @@ class DatasetSpec:
     in_chans: int = 3
 
 
-DATASETS: Registry[DatasetSpec] = Registry("solo.datasets")
+DATASETS: Registry[DatasetSpec] = Registry("solo.datasets", DatasetSpec)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -92,6 +92,8 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed must lie in [0, 2**32), got {self.seed}")
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name in ("mixup", "cutmix"):

@@ -1,18 +1,17 @@
 """``main_knn.py``: k-NN accuracy of a checkpoint over a grid of settings."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from solo.config import bind, plain
 from solo.console import say
+from solo.devices import torch_device
 from solo.eval.features import extract
 from solo.eval.knn import Distance, Vote, knn_hits, percent
 from solo.eval.prepare import data_config, data_module
-from solo.eval.results import record, run_directory, show
+from solo.eval.results import record, run_directory, show, writable
 from solo.export import load
 
 
@@ -64,9 +63,10 @@ def evaluate_knn(values: dict[str, Any]) -> list[dict[str, Any]]:
         ConfigError: wrong keys, no such checkpoint, or images that do not suit it.
     """
     config = bind(KNNEvaluation, values)
+    device = torch_device(config.device)
+    output = writable(config.output)
     source = load(config.checkpoint, config.backbone)
     data = data_module(source, data_config(source, config.data), [], config.batch_size)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = source.backbone.to(device)
     bank, queries = (extract(backbone, data.clean_loader(train=train), device).to(device) for train in (True, False))
     votes = config.votes()
@@ -76,7 +76,7 @@ def evaluate_knn(values: dict[str, Any]) -> list[dict[str, Any]]:
     protocol = "weighted k-NN on backbone features, clean images, bank = training split, queries = validation split"
     caption = "{protocol}\n{train_images} train and {test_images} test images".format(protocol=protocol, **counts)
     _show(rows, config.k, f"k-NN top-1 accuracy in % · {config.checkpoint}", caption)
-    path = record(Path(config.output) if config.output else run_directory(source.path), "knn", {
+    path = record(output or run_directory(source.path), "knn", {
         "metric": "accuracy in percent", "protocol": protocol, **counts, "results": rows, "checkpoint": str(source.path),
         "checkpoint_sha256": source.sha256,
         "config": {**plain(config), "backbone": plain(source.config), "data": plain(data.config)},

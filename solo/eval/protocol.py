@@ -23,7 +23,7 @@ from solo.devices import settle
 from solo.errors import ConfigError
 from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
-from solo.eval.results import record, run_directory, show
+from solo.eval.results import record, run_directory, show, writable
 from solo.export import Pretrained, load
 
 
@@ -54,10 +54,12 @@ def evaluate_linear(
         say(f"{data.batch_size} images: one batch an epoch, optimizer.batch_size={config.optimizer.batch_size} is more")
         config.optimizer.batch_size = data.batch_size
     name = ("finetune" if config.finetune else "linear") + (f"@{images.fraction:g}" if images.fraction < 1 else "")
-    output = Path(config.output) if config.output else run_directory(source.path)
+    output = writable(config.output) or run_directory(source.path)
     model = Classifier(source.backbone, data.spec.classes, config).train()
     trainer = _trainer(config, output / name, callbacks)
     trainer.fit(model, datamodule=data)
+    if trainer.max_steps > 0 or trainer.check_val_every_n_epoch != 1:
+        trainer.validate(model, datamodule=data, verbose=False)     # the last epoch may not have been
     accuracy = {key: float(trainer.callback_metrics[f"val/{key}"]) for key in ("acc1", "acc5")}
     accuracy["best_acc1"] = model.best
     if trainer.is_global_zero:
@@ -75,6 +77,8 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
     own = {key: value for key, value in values.items() if key not in trainer_arguments}
     if "trainer" in own:
         raise ConfigError("unknown key trainer: write the Trainer's arguments at the top level, e.g. max_epochs=10")
+    if trainer.get("limit_val_batches") == 0:
+        raise ConfigError("limit_val_batches=0 leaves nothing to evaluate on")
     config = bind(LinearConfig, own, also_known=trainer_arguments)
     config.trainer, _ = settle({"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
     return config

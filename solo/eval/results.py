@@ -8,12 +8,28 @@ from rich.console import Console
 from rich.table import Table
 
 from solo.checkpoint import write_file
+from solo.errors import EnvironmentFault
 
 
 def run_directory(checkpoint: Path) -> Path:
     """The run a checkpoint belongs to: the folder above its ``checkpoints/``, or its own."""
     parent = checkpoint.resolve().parent
     return parent.parent if parent.name == "checkpoints" else parent
+
+
+def writable(output: str | None) -> Path | None:
+    """The folder ``output`` names, made before any work is done for it.
+
+    Raises:
+        EnvironmentFault: it cannot be made.
+    """
+    if output is None:
+        return None
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"output={output} cannot be made: {error.strerror}") from error
+    return Path(output)
 
 
 def record(directory: Path, section: str, content: Any) -> Path:

@@ -194,6 +194,13 @@ def test_protocol_records_what_it_did(tmp_path):
     assert np.abs(np.bincount(labels[indices], minlength=3) - np.bincount(labels, minlength=3) / 2).max() <= 1
 
 
+@pytest.mark.parametrize("ending", [{"max_epochs": -1, "max_steps": 8}, {"max_epochs": 2, "check_val_every_n_epoch": 5}])
+def test_the_last_epoch_is_evaluated_however_it_ends(tmp_path, ending):
+    accuracy = evaluate_linear({"checkpoint": str(make_run(tmp_path)), **QUICK, **ending}, TRAINER_ARGUMENTS)
+    results = json.loads((tmp_path / "results.json").read_text())["linear"]["results"]
+    assert results == accuracy and accuracy["best_acc1"] >= accuracy["acc1"] > 0
+
+
 def test_protocol_finetunes_to_another_folder(tmp_path):
     run = make_run(tmp_path / "run")
     before = checkpoint.digest(run / "checkpoints" / "step7.ckpt")
@@ -210,6 +217,8 @@ def test_protocol_finetunes_to_another_folder(tmp_path):
     ({"backbone": {"stem": "smal"}}, r"backbone.stem must be one of"),
     ({"data": {"in_chans": 1}}, r"set data.in_chans=3"),
     ({"accelerator": "cpuu"}, r"accelerator must be one of auto, .*, got 'cpuu': did you mean cpu\?"),
+    ({"limit_val_batches": 0}, r"limit_val_batches=0 leaves nothing to evaluate on"),
+    ({"seed": -1}, r"seed must lie in"),
 ])
 def test_wrong_requests(tmp_path, change, message):
     run = make_run(tmp_path / "run")

@@ -11,7 +11,7 @@ from solo.backbones import BackboneConfig
 from solo.data.config import DataConfig
 from solo.data.module import DataModule
 from solo.data.views import Chance, View
-from solo.errors import ConfigError, DataError
+from solo.errors import ConfigError, DataError, EnvironmentFault
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from solo.eval.offline import evaluate_knn
@@ -49,6 +49,11 @@ def test_foreign_checkpoint_must_be_told_its_images(tmp_path):
 def test_wrong_knn_requests(tmp_path):
     with pytest.raises(ConfigError, match="k must be at least 1.*\ntemperature must be positive"):
         evaluate_knn({"checkpoint": str(tmp_path), "k": [0], "temperature": [0.0]})
+    with pytest.raises(EnvironmentFault, match="device=gpu1 cannot be used"):
+        evaluate_knn({"checkpoint": str(tmp_path), "device": "gpu1"})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="output=.*file cannot be made: File exists"):
+        evaluate_knn({"checkpoint": str(tmp_path), "output": str(tmp_path / "file"), "device": "cpu"})
 
 
 @pytest.fixture
