@@ -115,7 +115,7 @@ class UniGrad(Method):
             m1, m2 = (self.teacher(x) for x in batch.views)                     # [B, D], constants
         form = self._form(m1, m2, batch.labels)
         gradients = form(z1, z2, m1, m2)
-        if share < 1:
+        if self.config.cutmix:              # whatever the box: every rank gathers as often
             gradients = gradients.mixed(form(z1, z2, m1[other], m2[other]), share)
         positive, negative = gradients.norms()
         return {
