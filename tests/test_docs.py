@@ -17,9 +17,9 @@ from solo import config
 from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
+from solo.eval.linear import LinearConfig
 from solo.methods import METHODS
 from solo.representations import REPRESENTATIONS, represent
-from solo.eval.linear import LinearConfig
 from solo.testing import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +117,8 @@ def test_unigrads_published_linear_evaluation_composes():
     optimizer = linear.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.batch_size, optimizer.weight_decay) == ("larc", 0.1, 4096, 0)
     assert optimizer.kwargs == {"momentum": 0.9, "trust_coefficient": 0.001, "clip": False}
-    assert (epochs, linear.scheduler.name, linear.scheduler.warmup_epochs, linear.scheduler.min_lr) == (90, "warmup_cosine", 0, 0)
+    schedule = linear.scheduler
+    assert (epochs, schedule.name, schedule.warmup_epochs, schedule.min_lr) == (90, "warmup_cosine", 0, 0)
 
 
 def test_commands_of_the_evaluation_page_compose():
