@@ -1,5 +1,6 @@
 """SCE: Similarity Contrastive Estimation (Denize et al. 2023, https://arxiv.org/abs/2111.14585)."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,8 @@ class SCE(Method):
 
         def __post_init__(self) -> None:
             rules = (
-                (min(ends(self.temperature_m)) > 0, f"temperature_m must be positive, got {self.temperature_m}"),
+                (all(0 < end < math.inf for end in ends(self.temperature_m)),
+                 f"temperature_m must be positive, got {self.temperature_m}"),
                 (all(0 <= end <= 1 for end in ends(self.coeff)), f"coeff must lie in [0, 1], got {self.coeff}"),
                 (self.queue_size or self.in_batch, "queue_size=0 leaves no image to compare with: set in_batch=true"),
                 (self.mask_self or not self.in_batch, "in_batch=true compares an image with itself: set mask_self=true"),

@@ -80,7 +80,7 @@ class UniGrad(Method):
                     setattr(self, name, own.get(name))
                 elif name not in own:
                     problems.append(f"{name}={value} means nothing to form={self.form}, which has {', '.join(own)}")
-                elif not low <= value <= high:
+                elif not (math.isfinite(value) and low <= value <= high):
                     problems.append(f"{name} must lie between {low} and {high}, got {value}")
             if self.cutmix and self.momentum is None:
                 problems.append("cutmix needs a teacher, which sees the images unmixed: leave momentum=null or cutmix away")
@@ -164,16 +164,25 @@ class DirectPredictor(Correlation):
         self.eps, self.every = eps, every
         self.register_buffer("W", torch.zeros(dim, dim))                        # [D, D]
         self.register_buffer("largest", torch.ones(()))
+        self._count = 0                     # `steps` on the host: reading it from a GPU would wait for it
 
     @torch.no_grad()
     def forward(self, m1: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """W and A [D, D] of `directpred_gradients`, with this micro-batch counted in."""
         F = super().forward(m1, m2)
-        if self.every == 1 or int(self.steps) % self.every == 0:
+        if self._count % self.every == 0:
             W, largest = direct_predictor(F, self.eps)
             self.W.copy_(W)
             self.largest.copy_(largest)
         return self.W, direct_metric(F, self.largest, self.eps)
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        self._count += self._pending is not None
+        return super().after_step(progress)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._count = int(self.steps)
 
 
 def cutmix(views: Sequence[Tensor], alpha: float) -> tuple[Sequence[Tensor], Tensor, float]:

@@ -70,6 +70,10 @@ def test_single_equals_official(golden, size, dtype):
     loss, gradient = value_and_gradient(sce_loss_func(q, x["k_raw"], x["queue"], **options(z.params)), q)
     assert loss == pytest.approx(z["loss"].item(), rel=TOLERANCE[dtype][0])
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
+    unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
+    _, gradient = value_and_gradient(sce_loss_func(unit, x["k_raw"], x["queue"], **options(z.params)), unit)
+    row, official = unit.detach().double(), z["grad_q"].double()                # at the unit row, before its Jacobian
+    assert_gradient(gradient, official - (official * row).sum(1, keepdim=True) * row, TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
