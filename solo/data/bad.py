@@ -9,8 +9,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from solo.data.decoding import BadImage
 from solo.data.random import integers
-from solo.data.sources import BadImage, Source
+from solo.data.sources import Source
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
 

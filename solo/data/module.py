@@ -9,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 
+from solo.batch import Batch
 from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
@@ -86,7 +87,7 @@ class DataModule(pl.LightningDataModule):
                 self._train = _read(self._train, self.bad, cache)
                 if self._val is not None and self.bad_val is not None:
                     self._val = _read(self._val, self.bad_val, cache)
-            self._engine_name = choose(self.config, self._train)
+            self._engine_name = choose(self.config)
         return self._engine_name
 
     @property
@@ -104,10 +105,14 @@ class DataModule(pl.LightningDataModule):
         engine = ENGINES[self.engine]
         self._close()
         order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
-        self._loader = TrainLoader(engine(self.job), order, self.bad)
+        self._loader = TrainLoader(engine(self.job), order, self.bad, finish_later=self.trainer is not None)
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """A training batch's views may have been left unfinished for the device it now is on."""
+        return batch if isinstance(batch, Batch) or self._loader is None else self._loader.finish(batch)
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Clean validation batches, or an empty list without validation images."""
