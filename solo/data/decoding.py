@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
+import torchvision.io  # loads the operators
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from solo.errors import EnvironmentFault
 
@@ -16,6 +16,10 @@ MAX_PIXELS = 80_000_000
 _ORIENTATION = 0x0112  # the EXIF tag
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
 _WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
+
+# The operator itself: torchvision 0.29 warns at each call of the function around it, which is to go one day.
+_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None) if hasattr(torchvision.io, "decode_jpeg") else None
+_RGB = 3
 
 
 class BadImage(Exception):
@@ -54,13 +58,15 @@ def decode(content: bytes, in_chans: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             upright = image.getexif().get(_ORIENTATION, 1) == 1
-            if image.format == "JPEG" and image.mode == "RGB" and in_chans == 3 and upright:
-                data = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-                return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+            if _decode_jpeg is not None and image.format == "JPEG" and image.mode == "RGB" and in_chans == 3 and upright:
+                data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return _decode_jpeg(data, _RGB, False).permute(1, 2, 0).numpy()
             image.load()
             return _channels(image if upright else ImageOps.exif_transpose(image), in_chans)
     except BadImage:
         raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"none of the image formats ({len(content)} bytes)") from error
     except Exception as error:  # decoders raise whatever the broken bytes lead them to
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}") from error
 

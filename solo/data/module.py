@@ -41,7 +41,7 @@ class DataModule(pl.LightningDataModule):
         spec: the dataset's row with the config's overrides and the classes found.
         selected: [N] positions, in the whole training set, of the images used.
         bad: unreadable training images met so far (``count``, ``names``).
-        report_dir: folder for ``bad_images.txt``, or ``None``.
+        report_dir: folder for ``bad_samples.jsonl``, or ``None``.
 
     Raises:
         ConfigError: the dataset is missing, empty, or contradicts the config.
@@ -57,6 +57,8 @@ class DataModule(pl.LightningDataModule):
         whole = row.open(config, True)
         assert whole is not None
         val = _judges(whole, row.open(config, False))
+        for key, source in (("train_path", whole), ("val_path", val)):
+            _check_labels(source, key)
         self.spec = _spec(row, config, whole)
         self.selected = _selection(config, whole.labels, labelled)
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
@@ -253,6 +255,15 @@ def _judges(train: Source, val: Source | None) -> Source | None:
         if set(a) - set(b)
     ]
     raise ConfigError(f"data.val_path has other classes than data.train_path ({'; '.join(only) or 'in another order'})")
+
+
+def _check_labels(source: Source | None, key: str) -> None:
+    if source is None:
+        return
+    wrong = np.flatnonzero((source.labels < -1) | (source.labels >= max(len(source.classes), 1)))
+    if len(wrong):
+        first = f"{source.labels[wrong[0]]} of {source.name(int(wrong[0]))}"
+        raise ConfigError(f"data.{key}: {len(wrong)} labels lie outside 0..{len(source.classes) - 1}, the first: {first}")
 
 
 def _check_views(views: Sequence[View], spec: DatasetSpec) -> None:

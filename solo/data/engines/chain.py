@@ -281,9 +281,9 @@ def _equalize(plane: Array, levels: Array) -> None:
 
 
 @fast
-def _load(source: Array, plane: Array) -> None:
+def _load(source: Array, channel: int, plane: Array) -> None:
     for i in range(len(plane)):
-        plane[i] = f32(source[i]) * f32(1 / 255)
+        plane[i] = f32(source[i, channel]) * f32(1 / 255)
 
 
 @fast
@@ -361,9 +361,9 @@ def render(
 
 @kept
 def finish(crops: Array, rows: Array, view: Any, scale: Array, shift: Array, out: Array) -> None:
-    """The same but for the crop, which is done: crops [n, C, S * S] uint8 -> ``out`` [n, C, S * S] float32."""
+    """The same but for the crop, which is done: crops [n, S * S, C] uint8 -> ``out`` [n, C, S * S] float32."""
     x, planes = np.zeros(out.shape[1:], f32), _planes(view)
     for i in range(len(rows)):
         for c in range(len(x)):
-            _load(crops[i, c], x[c])
+            _load(crops[i], c, x[c])
         _colour(x, rows[i], view, planes, scale, shift, out[i])

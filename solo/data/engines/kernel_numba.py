@@ -48,10 +48,11 @@ class NumbaKernel:
     @staticmethod
     def finish(job: Job, number: int, params: Params, crops: Tensor) -> Tensor:
         """See `solo.data.engines.kernels.Kernel`."""
-        size, flat = crops.shape[-1], (*crops.shape[:2], -1)
+        n, channels, size, _ = crops.shape
         out = torch.empty(crops.shape)
+        pixels = crops.permute(0, 2, 3, 1).contiguous().numpy().reshape(n, -1, channels)
         settings = _settings(job.views[number], size, size)
-        finish(crops.numpy().reshape(flat), _records(params), settings, *_normalisation(job), out.numpy().reshape(flat))
+        finish(pixels, _records(params), settings, *_normalisation(job), out.numpy().reshape(n, channels, -1))
         return out
 
 

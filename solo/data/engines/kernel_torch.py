@@ -43,7 +43,7 @@ class TorchKernel:
         chunk = len(crops) if crops.is_cuda else _LARGE_CHUNK
         for i in range(0, len(crops), chunk):
             part = slice(i, i + chunk)
-            x = colour(job.views[number], params.row(part), crops[part].float().div_(255))
+            x = colour(job.views[number], params.row(part), crops[part].float().contiguous().div_(255))
             torch.sub(x, mean, out=out[part]).div_(std)
         return out
 

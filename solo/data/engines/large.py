@@ -32,7 +32,7 @@ class Crops:
     """A batch whose views are only cropped and mirrored yet.
 
     Attributes:
-        crops: one per view, [B, C, S, S] uint8.
+        crops: one per view, [B, C, S, S] uint8, channels last in memory.
         params: the numbers of each view; they stay on the host.
         labels, index: as in `Batch`.
     """
@@ -87,7 +87,8 @@ class _Cropper(Dataset):
         crops, params = [], []
         for number, view in enumerate(job.views):
             params.append(sample(view, Draws(job.seed, slot.epoch, slot.samples, number), heights, widths))
-            out = torch.empty(len(images), job.in_chans, view.crop_size, view.crop_size, dtype=torch.uint8)
+            shape = (len(images), job.in_chans, view.crop_size, view.crop_size)
+            out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)  # as the crops come
             for i, image in enumerate(images):
                 out[i] = crop(image, params[-1].row(i), view.crop_size)
             crops.append(out)
