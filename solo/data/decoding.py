@@ -66,7 +66,7 @@ def decode(content: bytes, in_chans: int) -> np.ndarray:
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(f"none of the image formats ({len(content)} bytes)") from error
+        raise BadImage(f"UnidentifiedImageError: none of the image formats ({len(content)} bytes)") from error
     except Exception as error:  # decoders raise whatever the broken bytes lead them to
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}") from error
 

@@ -10,12 +10,14 @@ import struct
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from solo.data import bad as bad_file
 from solo.data import decoding
 from solo.data.decoding import BadImage, decode
 from solo.data.engines import workers
@@ -395,3 +397,16 @@ def test_bad_images_are_those_of_all_ranks(tmp_path: Path) -> None:
     (_, ended, _), (_, other, _) = run_ranks(bad_of_two, tmp_path / "images", 4 / 60)
     assert ended.startswith("DataError 5 of 60 images cannot be read") and other == "SystemExit 0"
     assert sorted(listing(tmp_path / "run")) == bad
+
+
+@pytest.mark.parametrize(("batches", "times"), [(100, 20), (7, 7)])
+def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several times, so that too many bad images stop the run before its epoch ends; never in a single process."""
+    asked: list[int] = []
+    trainer = SimpleNamespace(num_training_batches=batches, fit_loop=SimpleNamespace(), strategy=SimpleNamespace(root_device="cpu"))
+    trainer.datamodule = SimpleNamespace(bad=SimpleNamespace(agree=lambda _: asked.append(trainer.fit_loop.batch_idx)), bad_val=None)
+    for world in (1, 2):
+        monkeypatch.setattr(bad_file, "world_size", lambda world=world: world)
+        for trainer.fit_loop.batch_idx in range(batches):
+            bad_file.AgreedCount().on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+        assert len(asked) == (times if world == 2 else 0)
