@@ -403,10 +403,12 @@ def test_bad_images_are_those_of_all_ranks(tmp_path: Path) -> None:
 def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several times, so that too many bad images stop the run before its epoch ends; never in a single process."""
     asked: list[int] = []
-    trainer = SimpleNamespace(num_training_batches=batches, fit_loop=SimpleNamespace(), strategy=SimpleNamespace(root_device="cpu"))
-    trainer.datamodule = SimpleNamespace(bad=SimpleNamespace(agree=lambda _: asked.append(trainer.fit_loop.batch_idx)), bad_val=None)
+    loop, strategy = SimpleNamespace(), SimpleNamespace(root_device="cpu")
+    bad = SimpleNamespace(agree=lambda _: asked.append(loop.batch_idx))
+    data = SimpleNamespace(bad=bad, bad_val=None)
+    trainer = SimpleNamespace(num_training_batches=batches, fit_loop=loop, strategy=strategy, datamodule=data)
     for world in (1, 2):
         monkeypatch.setattr(bad_file, "world_size", lambda world=world: world)
-        for trainer.fit_loop.batch_idx in range(batches):
+        for loop.batch_idx in range(batches):
             bad_file.AgreedCount().on_train_batch_end(trainer, None)  # type: ignore[arg-type]
         assert len(asked) == (times if world == 2 else 0)

@@ -17,6 +17,7 @@ from solo.data.random import Draws
 from solo.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION, SOLARIZE_THRESHOLD, Params, View, sample
 
 _CHUNK, _LARGE_CHUNK = 128, 4  # images whose working set stays in the processor's cache
+_MATRIX = 64  # pixels up to which a blur is a product of matrices, not a convolution
 LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -194,13 +195,33 @@ def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     n, channels, size, _ = x.shape
     if not n:
         return x
-    radius = np.array([blur_radius(float(s), size) for s in sigma])
+    weight = _gauss(sigma, size)
+    if size <= _MATRIX:  # faster there
+        matrix = _on(_blur_matrices(weight, size), x)[:, None]  # [n, 1, S, S]
+        return torch.matmul(matrix @ x, matrix.transpose(2, 3))
+    reach, groups = weight.shape[1] // 2, n * channels
+    taps = _on(weight, x).repeat_interleave(channels, 0, output_size=groups)[:, None, None]  # [n * C, 1, 1, taps]
+    x = x.reshape(1, groups, size, size)
+    x = conv2d(pad(x, (reach, reach, 0, 0), "reflect"), taps, groups=groups)
+    x = conv2d(pad(x, (0, 0, reach, reach), "reflect"), taps.transpose(2, 3), groups=groups)
+    return x.view(n, channels, size, size)
+
+
+def _gauss(sigma: np.ndarray, size: int) -> np.ndarray:
+    """[n, taps] float32 weights around the middle one, zero beyond each image's own radius."""
+    radius = np.array([blur_radius(float(s), size) for s in sigma], dtype=np.int64)
     reach = int(radius.max())
     tap = np.arange(-reach, reach + 1)
     weight = np.exp(-0.5 * (tap / sigma[:, None]) ** 2) * (np.abs(tap) <= radius[:, None])
-    weight = _on((weight / weight.sum(1, keepdims=True)).astype(np.float32), x)  # [n, taps]
-    weight = weight.repeat_interleave(channels, 0, output_size=n * channels)[:, None, None]  # [n * C, 1, 1, taps]
-    x = x.reshape(1, n * channels, size, size)
-    x = conv2d(pad(x, (reach, reach, 0, 0), "reflect"), weight, groups=n * channels)
-    x = conv2d(pad(x, (0, 0, reach, reach), "reflect"), weight.transpose(2, 3), groups=n * channels)
-    return x.view(n, channels, size, size)
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _blur_matrices(weight: np.ndarray, size: int) -> np.ndarray:
+    """[n, S, S]: the Gaussian along one axis as a matrix."""
+    taps = weight.shape[1]
+    source = np.abs(np.arange(size)[:, None] + np.arange(taps) - taps // 2)  # [S, taps], reflected at 0
+    source = np.where(source >= size, 2 * (size - 1) - source, source)
+    matrices = np.zeros((len(weight), size, size), dtype=np.float32)
+    for t in range(taps):
+        matrices[:, np.arange(size), source[:, t]] += weight[:, t, None]
+    return matrices
