@@ -15,7 +15,8 @@ def unit_rows(*shape, seed=0, dtype=torch.float32):
 def crowded(rows, dim, seed):
     generator = torch.Generator().manual_seed(seed)
     centres = 8 * torch.randn(5, dim, generator=torch.Generator().manual_seed(9))
-    return F.normalize(centres[torch.randint(5, (rows,), generator=generator)] + torch.randn(rows, dim, generator=generator), dim=1)
+    noise = torch.randn(rows, dim, generator=generator)
+    return F.normalize(centres[torch.randint(5, (rows,), generator=generator)] + noise, dim=1)
 
 
 def assert_nearest(index, z, keys, k):
