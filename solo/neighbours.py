@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 GROUP = 16                  # keys of which the scan keeps one number
-SPARE = 16                  # groups that are compared in full, besides k, before a row is searched again
+SPARE = 8                   # groups that are compared in full, besides k, before a row is searched again
 LARGE = 8192                # keys from which on bfloat16 can pay
 _CPU, _GPU = (512, 2048), (4096, 8192)      # rows and keys at a time
 _SPAN = 8                   # blocks of keys whose groups are ranked at once
