@@ -14,7 +14,10 @@ from solo.ranges import require
 
 @METHODS.register("barlow_twins")
 class BarlowTwins(Method):
-    """The cross-correlation of the two views' projections is drawn to the identity."""
+    """The cross-correlation of the two views' projections is drawn to the identity.
+
+    Named deviation: the projector's last layer has no bias. The published one never learns: the loss takes means off.
+    """
 
     @dataclass(kw_only=True)
     class Config:
@@ -31,7 +34,7 @@ class BarlowTwins(Method):
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)
         hidden = config.proj_hidden_dim
-        self.projector = mlp(self.dim, hidden, hidden, config.proj_output_dim)
+        self.projector = mlp(self.dim, hidden, hidden, config.proj_output_dim, last_bias=False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]

@@ -14,7 +14,10 @@ from solo.ranges import require
 
 @METHODS.register("vicreg")
 class VICReg(Method):
-    """Views agree, while each feature keeps its variance and no two features are correlated."""
+    """Views agree, while each feature keeps its variance and no two features are correlated.
+
+    Named deviation: the projector's last layer has no bias. The published one never learns: it cancels in all three terms.
+    """
 
     @dataclass(kw_only=True)
     class Config:
@@ -33,7 +36,7 @@ class VICReg(Method):
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)
         hidden = config.proj_hidden_dim
-        self.projector = mlp(self.dim, hidden, hidden, config.proj_output_dim)
+        self.projector = mlp(self.dim, hidden, hidden, config.proj_output_dim, last_bias=False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]

@@ -106,6 +106,9 @@ FILES = ("simclr", "simclr_multicrop", "barlow_twins", "vicreg")
 @pytest.mark.parametrize("file", FILES)
 def test_methods_without_memory_equal_official(golden, file, dtype):
     z = golden(f"solo_method_{file}")
+    if file in ("barlow_twins", "vicreg"):                                      # a named deviation: no such bias
+        assert z.pop("g::projector.6.bias").abs().max() < 1e-14
+        del z["w::projector.6.bias"]
     model = build(z, z.params["method"], dtype)
     views = [z[f"feats_{i}"].to(dtype).requires_grad_() for i in range(2 + z.params["small_crops"])]
     outputs = model.losses(Batch(views, z["targets"], z["img_indexes"]))
