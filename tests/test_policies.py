@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "bench", "experiment", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "certify", "experiment", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": "config.py",
