@@ -60,7 +60,8 @@ class _Word:
         try:
             if not _LOST.search(str(error)) and self._first(error):
                 return self._spoken_for(error)
-            return self._followed(_GRACE if re.search("[Tt]imed? ?out", str(error)) else 0.3)     # the dead are silent at once
+            late = re.search("[Tt]imed? ?out", str(error))
+            return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead
         except (RuntimeError, OSError):                         # the store lives in rank 0
             return EnvironmentFault("rank 0 no longer answers: it was killed or lost its connection")
 
