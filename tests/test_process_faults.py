@@ -57,7 +57,7 @@ def fail(folder, fault, where):
     command = [sys.executable, "train.py", fault, str(where)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)   # pipes: of both
     took = time.time() - float(re.search(r"AT (\S+)", done.stdout)[1])
-    noise = re.compile(r"frame #|(\[rank\d\]:)?\[[WE]\d|<omitting|Exception raised from|$")          # torch's own, where the store is gone
+    noise = re.compile(r"frame #|(\[rank\d\]:)?\[[WE]\d|<omitting|Exception raised from|$")     # torch's own
     return done.returncode, [line for line in done.stderr.splitlines() if not noise.match(line)], took
 
 
