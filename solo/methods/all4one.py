@@ -54,6 +54,7 @@ class All4One(Method):
             require(self, positive="temperature centroid_temperature", at_least_0="transformer_lr", at_least_1=sizes,
                     below_1="dropout", also=also)
 
+    gathers = "keys"
     local_terms = {"feature": 0.5}      # as published
     position: Tensor
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +20,7 @@ from solo.registry import Registry
 from solo.schedules import SchedulerConfig, learning_rate
 
 METHODS: Registry[type["Method"]] = Registry("solo.methods")
+Gathers = Literal["none", "keys", "statistics"]
 
 
 class Method(pl.LightningModule):
@@ -39,6 +40,10 @@ class Method(pl.LightningModule):
         seed: with rank, epoch and batch it decides every random number of a step.
         local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
             without them the loss does not notice how many processes there are.
+        gathers: what an image's loss takes from the other images of the global batch, `local_terms` left out: ``none``;
+            ``keys``, each of which it is compared with; or ``statistics``, means over all of them. With ``none``
+            micro-batches are exactly one batch, with the others they are not. A class attribute, or a property where the
+            config decides.
         stepped: what the last optimizer step moved, to be logged, e.g. ``{"tau": 0.99}``.
     """
 
@@ -62,6 +67,10 @@ class Method(pl.LightningModule):
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
         self._checked = False
+
+    @property
+    def gathers(self) -> Gathers:
+        return "none"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One step's ``"loss"``, the backbone's ``"feats"`` [V * B, dim] of all large views, and scalars to log."""

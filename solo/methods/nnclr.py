@@ -29,6 +29,8 @@ class NNCLR(Method):
         def __post_init__(self) -> None:
             require(self, positive="temperature", at_least_1="proj_hidden_dim proj_output_dim pred_hidden_dim queue_size")
 
+    gathers = "keys"
+
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)
         hidden, out = config.proj_hidden_dim, config.proj_output_dim

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from solo.batch import Batch
 from solo.losses import sce_multicrop_loss_func
-from solo.methods.base import METHODS, Method
+from solo.methods.base import METHODS, Gathers, Method
 from solo.nn import Momentum, Queue, Teacher, mlp
 from solo.ranges import require
 from solo.schedules import Ramp, ends, value_at
@@ -70,6 +70,10 @@ class SCE(Method):
         self.predictor = mlp(out, config.pred_hidden_dim, out, bias=False) if config.pred_hidden_dim else nn.Identity()
         self.teacher = Teacher(backbone, self.projector, momentum=config.momentum)
         self.queue = Queue(config.queue_size, out, views=1 + config.symmetric) if config.queue_size else None
+
+    @property
+    def gathers(self) -> Gathers:
+        return "keys" if self.config.in_batch else "none"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
