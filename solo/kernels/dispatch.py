@@ -71,7 +71,7 @@ class Tiles:
     stages: int
 
 
-_SMALLEST = Tiles(16, 16, 4, 1)
+_SMALLEST = Tiles(16, 32, 4, 1)
 
 
 def tiles(memory: int, width: int, dtype: torch.dtype, precision: str, accumulates: bool) -> Tiles:
@@ -113,7 +113,7 @@ def cut(rows: int, columns: int, like: Tensor, precision: str, accumulates: bool
         Tiles, parts that the columns are split into so that a few rows fill the device, and columns of a part.
     """
     if interpreted():
-        shape, processors = Tiles(32, 32, 4, 1), _INTERPRETED
+        shape, processors = Tiles(32, 64, 4, 1), _INTERPRETED
     else:
         memory, processors = _device(like.device.index)
         shape = tiles(memory, padded(like.shape[-1]), like.dtype, precision, accumulates)

@@ -22,7 +22,6 @@ def _attend(q, keys, scale, lse, mean, N, K, per_part, own, D: tl.constexpr, BM:
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     x = tl.load(q + row[:, None] * D + d[None, :], mask=(row < N)[:, None] & (d < D)[None, :], other=0.0)
-    x = x.to(keys.dtype.element_ty)
     if UPCAST:      # the interpreter multiplies the bits of bfloat16
         x = x.to(tl.float32)
     factor = tl.load(scale + row, mask=row < N, other=0.0) * 1.4426950408889634
@@ -60,7 +59,7 @@ def attend(q: Tensor, queue: Tensor, scale: Tensor, own: int | None) -> tuple[Te
     lse = torch.empty(parts, n, device=q.device)
     mean = torch.empty(parts, n, d, device=q.device)
     _attend[(triton.cdiv(n, shape.rows), parts)](
-        q.contiguous(), queue.contiguous(), scale.float().contiguous(), lse, mean, n, k, per_part, own or 0,
+        q.to(queue.dtype).contiguous(), queue.contiguous(), scale.float().contiguous(), lse, mean, n, k, per_part, own or 0,
         D=d, BM=shape.rows, BN=shape.columns, BD=padded(d), OWN=own is not None, PRECISION=precision,
         UPCAST=interpreted(), num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

@@ -25,7 +25,6 @@ def _forward(rows, columns, positive, own, tops, totals, matches, N, M, per_part
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     x = tl.load(rows + row[:, None] * D + d[None, :], mask=(row < N)[:, None] & (d < D)[None, :], other=0.0)
-    x = x.to(columns.dtype.element_ty)
     if UPCAST:      # the interpreter multiplies the bits of bfloat16
         x = x.to(tl.float32)
     pos = tl.load(positive + row, mask=row < N, other=-1)
@@ -59,8 +58,8 @@ def row_statistics(rows: Tensor, columns: Tensor, scale: float, positive: Tensor
     shape, parts, per_part = cut(n, m, columns, precision, accumulates=False)
     tops, totals, matches = torch.empty(3, parts, n, device=rows.device)
     _forward[(triton.cdiv(n, shape.rows), parts)](
-        rows.contiguous(), columns.contiguous(), positive.contiguous(), own.contiguous(), tops, totals, matches,
-        n, m, per_part, scale * LOG2E,
+        rows.to(columns.dtype).contiguous(), columns.contiguous(), positive.contiguous(), own.contiguous(),
+        tops, totals, matches, n, m, per_part, scale * LOG2E,
         D=d, BM=shape.rows, BN=shape.columns, BD=padded(d), PRECISION=precision, UPCAST=interpreted(),
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
@@ -79,7 +78,7 @@ def _backward(a, b, out, pos_a, own_a, top_a, share_a, match_a, pos_b, own_b, to
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     inside = (row < A)[:, None] & (d < D)[None, :]
-    x = tl.load(a + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(b.dtype.element_ty)
+    x = tl.load(a + row[:, None] * D + d[None, :], mask=inside, other=0.0)
     if UPCAST:      # the interpreter multiplies the bits of bfloat16
         x = x.to(tl.float32)
     if OF_A:
@@ -121,7 +120,8 @@ def pull(a: Tensor, b: Tensor, scale: float, of_a: Side | None, of_b: Side | Non
     shape, parts, per_part = cut(n, m, b, precision, accumulates=True)
     out = torch.empty(parts, n, d, device=a.device)
     _backward[(triton.cdiv(n, shape.rows), parts)](
-        a.contiguous(), b.contiguous(), out, *_numbers(of_a, out), *_numbers(of_b, out), n, m, per_part, scale * LOG2E,
+        a.to(b.dtype).contiguous(), b.contiguous(), out, *_numbers(of_a, out), *_numbers(of_b, out),
+        n, m, per_part, scale * LOG2E,
         D=d, BM=shape.rows, BN=shape.columns, BD=padded(d), OF_A=of_a is not None, OF_B=of_b is not None,
         PRECISION=precision, UPCAST=interpreted(), num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

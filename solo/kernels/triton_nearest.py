@@ -23,7 +23,6 @@ def _scan(x, queue, best, N, K, GROUPS, per_part, D: tl.constexpr, BM: tl.conste
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     a = tl.load(x + row[:, None] * D + d[None, :], mask=(row < N)[:, None] & (d < D)[None, :], other=0.0)
-    a = a.to(tl.float32) if EXACT else a.to(tl.bfloat16)
     if UPCAST:      # the interpreter multiplies the bits of bfloat16
         a = a.to(tl.float32)
     first = part * per_part
@@ -58,7 +57,7 @@ def _select(x, queue, best, index, K, GROUPS, D: tl.constexpr, NG: tl.constexpr,
     score = tl.zeros((C * G,), tl.float32)
     for start in tl.static_range(0, D, BD):
         d = start + tl.arange(0, BD)
-        a = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        a = tl.load(x + row * D + d, mask=d < D, other=0.0)
         b = tl.load(queue + candidate.to(tl.int64)[:, None] * D + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
         score += tl.sum(a[None, :] * b.to(tl.float32), 1)
     score = tl.where(score != score, float("inf"), score)
@@ -73,7 +72,7 @@ def _select(x, queue, best, index, K, GROUPS, D: tl.constexpr, NG: tl.constexpr,
 
 def neighbours(x: Tensor, queue: Tensor, scanned: Tensor, k: int, exact: bool) -> Tensor:
     """See `solo.kernels.nearest.neighbours`; ``scanned`` is the queue or its shadow."""
-    x, queue, scanned = x.contiguous(), queue.contiguous(), scanned.contiguous()
+    x, queue, scanned = x.float().contiguous(), queue.contiguous(), scanned.contiguous()
     n, d = x.shape
     groups, precision = triton.cdiv(len(queue), GROUP), input_precision()
     index = torch.empty(n, k, dtype=torch.long, device=x.device)
@@ -82,7 +81,7 @@ def neighbours(x: Tensor, queue: Tensor, scanned: Tensor, k: int, exact: bool) -
     for part, found in zip(x.split(rows), index.split(rows), strict=True):
         shape, parts, per_part = cut(len(part), len(queue), scanned, precision if exact else "", accumulates=False)
         _scan[(triton.cdiv(len(part), shape.rows), parts)](
-            part, scanned, best, len(part), len(queue), groups, per_part,
+            part if exact else part.bfloat16(), scanned, best, len(part), len(queue), groups, per_part,
             D=d, BM=shape.rows, BN=shape.columns, BD=padded(d), G=GROUP, EXACT=exact, PRECISION=precision,
             UPCAST=interpreted(), num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
