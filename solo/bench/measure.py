@@ -106,7 +106,7 @@ def _revision() -> str:
     try:
         head, changed = (
             subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench"])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -56,6 +56,15 @@ def test_the_same_whatever_the_work_is_cut_into(programs, monkeypatch):
     assert torch.equal(neighbours(x, queue, 2), neighbours_eager(x, queue, 2))
 
 
+def test_the_best_may_stand_anywhere():
+    """Many more groups than are looked at again, so it is the scan that has to see each block, the last one too."""
+    x, queue = unit_rows(1, 16), -unit_rows(997, 16).abs() * unit_rows(1, 16).sign()       # all others point away
+    for place in (0, 500, 996):
+        kept = queue.clone()
+        kept[place] = x[0]
+        assert neighbours(x, kept, 1).item() == place
+
+
 def test_near_ties_of_the_scan_are_settled_in_float32():
     """Rows that bfloat16 cannot tell apart: the scan may miss the best, never by more than its rounding."""
     x = unit_rows(2, 32)
