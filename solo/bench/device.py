@@ -39,10 +39,8 @@ def compare(first: Work, second: Work, pairs: int, steps: int, device: str) -> C
     return Comparison(medians, statistics.median(ratios), min(ratios), max(ratios), pairs)
 
 
-def peak(work: Work, device: str) -> float:
-    """MB that one step takes above what is there before; NaN on a CPU."""
-    if device == "cpu":
-        return float("nan")
+def peak(work: Work) -> float:
+    """MB of GPU memory that one step takes above what is there before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
