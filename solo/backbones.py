@@ -1,6 +1,5 @@
 """Any timm model as a feature extractor, and the small-image stem of ResNets."""
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from solo.errors import ConfigError
 from solo.ranges import require
+from solo.registry import suggestion
 
 
 @dataclass(kw_only=True)
@@ -31,8 +31,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
-            near = difflib.get_close_matches(self.name, timm.list_models(), n=1)
-            raise ValueError(f"name: no timm model {self.name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"name: no timm model {self.name!r}{suggestion(self.name, timm.list_models())}")
         require(self, at_least_0="stem_padding")
 
 

@@ -5,7 +5,6 @@ problems at once. Defaults live in the dataclasses and nowhere else.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from solo.errors import ConfigError, reported
+from solo.names import nearest
 
 T = TypeVar("T")
 
@@ -59,9 +59,8 @@ def plain(thing: Any) -> Any:
 
 def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
     """The line for a key that is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    if near:
-        return f"unknown key {_join(path, key)}: did you mean {_join(path, near[0])}?"
+    if near := nearest(key, known):
+        return f"unknown key {_join(path, key)}: did you mean {_join(path, near)}?"
     return f"unknown key {_join(path, key)} (known: {', '.join(known)})"
 
 
@@ -95,19 +94,24 @@ def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str], a
 
 
 def _bind_value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    found: list[str] = []
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found: list[str] = [f"{path} must be {_type_name(hint)}, got {value!r}"] if len(options) > 1 else []
     for option in options:
         trial: list[str] = []
         bound = _bind_option(option, value, path, trial)
         if not trial:
             return bound
-        structured = dataclasses.is_dataclass(option) and isinstance(value, dict)
-        found = trial if structured or not found or len(options) == 1 else found
-    if len(options) > 1 and not any(dataclasses.is_dataclass(option) and isinstance(value, dict) for option in options):
-        found = [f"{path} must be {_type_name(hint)}, got {value!r}"]
+        if len(options) == 1 or _shaped(option, value):     # its parts are wrong, not its kind
+            found = trial
     problems += found
     return None
+
+
+def _shaped(hint: Any, value: Any) -> bool:
+    """Whether a value is the block or the list that a type asks for, whatever is inside."""
+    if isinstance(value, dict):
+        return dataclasses.is_dataclass(hint)
+    return get_origin(hint) is list and isinstance(value, list)
 
 
 def _bind_option(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -142,8 +146,8 @@ def _bind_option(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 def _literal_hint(hint: Any, value: Any) -> str:
     if get_origin(hint) is not Literal:
         return ""
-    near = difflib.get_close_matches(str(value), [str(option) for option in get_args(hint)], n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    near = nearest(str(value), map(str, get_args(hint)))
+    return f": did you mean {near}?" if near else ""
 
 
 def _type_name(hint: Any) -> str:
@@ -300,8 +304,8 @@ def _nearest_file(file: Path) -> str:
     if not file.parent.is_dir():
         return f" (no folder {file.parent})"
     names = sorted(path.name for path in file.parent.glob("*.yaml"))
-    near = difflib.get_close_matches(file.name, names, n=1)
-    return f", did you mean {near[0]}?" if near else f" (there: {', '.join(names) or 'no .yaml file'})"
+    near = nearest(file.name, names)
+    return f", did you mean {near}?" if near else f" (there: {', '.join(names) or 'no .yaml file'})"
 
 
 def _one_line(error: Exception) -> str:

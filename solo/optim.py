@@ -1,6 +1,5 @@
 """Optimizers, parameter groups and learning-rate scaling."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from solo.errors import ConfigError
+from solo.names import nearest
 from solo.ranges import require
 from solo.registry import Registry
 
@@ -187,8 +187,8 @@ def _kwargs_problems(name: str, kwargs: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, value in sorted(kwargs.items()):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean optimizer.kwargs.{near[0]}?" if near else f"{name} has {', '.join(sorted(known))}"
+            near = nearest(key, known)
+            hint = f"did you mean optimizer.kwargs.{near}?" if near else f"{name} has {', '.join(sorted(known))}"
             problems.append(f"kwargs.{key} is unknown: {hint}")
         elif isinstance(known[key].default, bool) and not isinstance(value, bool):
             problems.append(f"kwargs.{key} must be true or false, got {value!r}")

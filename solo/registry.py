@@ -1,20 +1,20 @@
 """Names to things. A name that is not known is an error that offers the nearest one."""
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from solo.errors import ConfigError
+from solo.names import nearest
 
 T = TypeVar("T")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` for the nearest known name, or nothing when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    return f", did you mean {near!r}?" if near else ""
 
 
 class UnknownName(ConfigError, KeyError):

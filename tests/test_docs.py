@@ -16,6 +16,7 @@ from solo import config
 from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
+from solo.errors import Interrupted, SoloError
 from solo.methods import METHODS
 from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
@@ -114,3 +115,11 @@ def test_commands_of_the_evaluation_page_compose():
         if not name.endswith(".yaml"):
             name, overrides = default, [name, *overrides]
         assert config.load(folder / name, overrides), (script, words)
+
+
+def test_exit_codes_of_the_error_page():
+    rows = re.findall(r"^\| (\d+) \| `([a-z ]+)`", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
+    kinds = [SoloError, *SoloError.__subclasses__()]
+    raised = {(kind.exit_code, kind.kind) for kind in kinds if kind is not Interrupted}
+    assert {(int(code), name) for code, name in rows} == raised
+    assert Interrupted.kind == "interrupted" and Interrupted("", 15).exit_code == 143

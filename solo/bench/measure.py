@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torchvision
 
+from solo.bench.board import render
+
 RESULTS = Path("bench/results.csv")
 
 
@@ -70,7 +72,7 @@ def row(id: str, what: str, unit: str, peer: str, found: Comparison) -> Row:
 
 
 def write(rows: list[Row], path: Path = RESULTS) -> None:
-    """Append the rows with where and how they were measured."""
+    """Append the rows with where and how they were measured, and draw the board anew."""
     columns = [field.name for field in fields(Row)]
     circumstances = provenance()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ def write(rows: list[Row], path: Path = RESULTS) -> None:
         for entry in rows:
             values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(entry).items()}
             writer.writerow({**values, **circumstances})
+    render(path)
 
 
 def provenance() -> Mapping[str, str]:

@@ -1,0 +1,113 @@
+"""Every single-letter slip in every key of every shipped config is refused, and nearly always with the right key offered."""
+
+import copy
+import string
+
+import pytest
+
+from solo import config
+from solo.config import bind
+from solo.data.config import DataConfig
+from solo.errors import ConfigError
+from solo.eval.offline import KNNEvaluation
+from solo.eval.protocol import _bound
+from solo.eval.umap import UMAPEvaluation
+from solo.experiment import TRAINER_ARGUMENTS, experiment
+from solo.names import nearest, one_slip
+from tests.conftest import ROOT
+
+EVALUATIONS = {"knn": KNNEvaluation, "umap": UMAPEvaluation}
+CONFIGS = [path for path in sorted((ROOT / "scripts").rglob("*.yaml")) if path.parent.name != "augmentations"]
+
+
+def judge(file, values):
+    """What the file's own command does with its values first; ``bench`` files are parts of a pretraining."""
+    if file.parent.name == "linear":
+        data = values.get("data", {})
+        _bound({"checkpoint": "x", **values}, TRAINER_ARGUMENTS)
+        bind(DataConfig, data, "data")
+    elif schema := EVALUATIONS.get(file.parent.name):
+        bind(schema, {"checkpoint": "x", **values})
+    else:
+        experiment({"method": "nnclr", **values})
+
+
+def slips(word, letters):
+    """Every word one slip away: a letter left out, added, mistaken, or swapped with the next."""
+    for i in range(len(word) + 1):
+        yield from (word[:i] + letter + word[i:] for letter in letters)
+        if i < len(word):
+            yield word[:i] + word[i + 1 :]
+            yield from (word[:i] + letter + word[i + 1 :] for letter in letters)
+        yield word[:i] + word[i + 1 : i + 2] + word[i : i + 1] + word[i + 2 :]
+
+
+def places(values, path=()):
+    """Paths of all keys, through lists."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(key, str):
+            yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+
+
+def renamed(values, path, name):
+    """The config with one key called otherwise, and its siblings."""
+    values = copy.deepcopy(values)
+    block = values
+    for key in path[:-1]:
+        block = block[key]
+    siblings = set(block)
+    block[name] = block.pop(path[-1])
+    return values, siblings
+
+
+def words(path):
+    return ".".join(key if isinstance(key, str) else "[]" for key in path)
+
+
+def judged(letters):
+    """(typed, meant, what was said or None where it was taken) for each slip in each key of the shipped configs."""
+    seen = set()
+    for file in CONFIGS:
+        values = config.load(file, ["data.train_path=somewhere"] * (file.parts[-3] == "pretrain"))
+        for path in places(values):
+            # timm judges backbone.kwargs when it builds; representations are names of a registry
+            place = file.relative_to(ROOT / "scripts").parts[0], words(path)        # each command has a schema of its own
+            if place in seen or path[:-1] in (("backbone", "kwargs"), ("method_kwargs", "representations")):
+                continue
+            seen.add(place)
+            for typed in {*slips(path[-1], letters)} - {path[-1]}:
+                changed, siblings = renamed(values, path, typed)
+                if typed in siblings:
+                    continue
+                try:
+                    yield typed, path[-1], judge(file, changed)
+                except ConfigError as error:
+                    yield typed, path[-1], str(error)
+
+
+@pytest.mark.parametrize("letters", ["e_", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
+def test_every_slip(letters):
+    found = list(judged(letters))
+    taken = [(typed, meant) for typed, meant, said in found if said is None]
+    assert len(found) > 4_000 and not taken, taken[:10]
+    right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
+    print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
+    assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize("typed, meant, is_one", [
+    ("lr", "lr", True), ("l", "lr", True), ("lrr", "lr", True), ("rl", "lr", True), ("lx", "lr", True),
+    ("lrxx", "lr", False), ("", "lr", False), ("tuaa", "tau", False), ("tua", "tau", True), ("abdc", "abcd", True),
+    ("badc", "abcd", False),
+])
+def test_one_slip(typed, meant, is_one):
+    assert one_slip(typed, meant) is is_one
+
+
+def test_nearest_prefers_a_slip_to_a_likeness():
+    assert nearest("lx", ["batch_size", "lr", "name"]) == "lr"
+    assert nearest("LR", ["batch_size", "lr"]) == "lr"
+    assert nearest("optimiser", ["optimizer", "opt"]) == "optimizer"
+    assert nearest("qqqq", ["lr", "name"]) is None
