@@ -62,14 +62,14 @@ class Board(pl.Callback):
         """When each mark was first reached, and how it ended; marks that were not reached have no row."""
         what = f"{method}, CIFAR-10, online linear probe, no label used in training"
         found = [
-            Row("B", f"{what}: to {mark} %", next(p["seconds"] for p in self.curve if p["val/probe_acc1"] >= mark), "s")
+            Row("EB", f"{what}: to {mark} %", next(p["seconds"] for p in self.curve if p["val/probe_acc1"] >= mark), "s")
             for mark in MARKS if any(p["val/probe_acc1"] >= mark for p in self.curve)
         ]
         last = self.curve[-1]
         known = {"probe": "val/probe_acc1", "k-NN": "val/knn@20"}
-        ends = [Row("B", f"{what}: {name} after epoch {last['epoch']:.0f}", last[key], "%") for name, key in known.items()
+        ends = [Row("EB", f"{what}: {name} after epoch {last['epoch']:.0f}", last[key], "%") for name, key in known.items()
                 if key in last]
-        return [*found, *ends, Row("B", f"{what}: whole training and validation", last["seconds"], "s")]
+        return [*found, *ends, Row("EB", f"{what}: whole training and validation", last["seconds"], "s")]
 
 
 def speed(id: str, method: str, overrides: list[str], epochs: int = 3) -> list[Row]:

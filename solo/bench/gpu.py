@@ -90,18 +90,18 @@ def _kept(path: Path, id: str) -> Iterator[Row]:
 def _board(method: str, left: float, rows: list[Row], overrides: list[str], path: Path) -> list[Row]:
     """A training as long as fits into ``left`` seconds at the speed of E1 or E2; one that was begun goes on as planned."""
     plan = f"{method}: epochs of the training"
-    begun = [entry for entry in _kept(path, "B") if entry.what == plan]
+    begun = [entry for entry in _kept(path, "EB") if entry.what == plan]
     slowest = max(entry.value for entry in rows if entry.unit == "s/epoch")
     epochs = int(begun[0].value if begun else left / (slowest * _VALIDATION))
     if epochs < _TOO_SHORT:
         print(f"{left:.0f} s are left, enough for {max(0, epochs)} epochs: too few, no training (--minutes gives more)")
         return []
-    done = [entry for entry in _kept(path, "B") if entry.what.startswith(f"{method},")]
+    done = [entry for entry in _kept(path, "EB") if entry.what.startswith(f"{method},")]
     if done:
-        print(f"B: {method} in {path} already", flush=True)
+        print(f"EB: {method} in {path} already", flush=True)
         return done
     if not begun:
-        write([Row("B", plan, epochs, "epochs")], path)
+        write([Row("EB", plan, epochs, "epochs")], path)
     print(f"{method} for {epochs} epochs, {left:.0f} s are left", flush=True)
     found = board(method, epochs, every=max(1, epochs // 10), overrides=overrides)
     write(found, path)

@@ -37,7 +37,7 @@ def test_without_a_gpu_one_line_and_no_dry_run_among_the_results(subject, dry, m
 def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
     gpu.main(["--device", "cpu", "--results", str(dry)])
     first = lines(dry)
-    assert [*dict.fromkeys(line["id"] for line in first)] == ["C", "KC", "K1", "K2", "K3", "K4"]
+    assert [*dict.fromkeys(line["id"] for line in first)] == ["K0", "KC", "K1", "K2", "K3", "K4"]
     assert all(float(line["value"]) >= 0 for line in first)
     assert "no --data: E1, E2 and the training are left out" in capsys.readouterr().out
     gpu.main(["--device", "cpu", "--results", str(dry)])
