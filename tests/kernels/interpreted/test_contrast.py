@@ -103,9 +103,9 @@ def test_local_rows_against_gathered_rows_have_their_whole_gradient():
 
 
 def test_a_maximum_that_comes_late():
-    columns = torch.linspace(-1, 1, 600, device=DEVICE)[:, None] * unit_rows(1, 16)
+    columns = torch.linspace(-1, 1, 700, device=DEVICE)[:, None] * unit_rows(1, 16)
     rows = unit_rows(1, 16).expand(5, 16).contiguous()
-    positive, own = indices(5, 600)
+    positive, own = indices(5, 700)
     found = row_statistics(rows, columns, 300.0, positive, own)
     lse, _ = dense(rows.double(), columns.double(), positive, own, 300.0)
     assert_near(found.lse, lse, tolerance(torch.float32, 16, 1.0))
