@@ -56,8 +56,9 @@ def test_the_same_whatever_the_work_is_cut_into(programs, monkeypatch):
     assert torch.equal(neighbours(x, queue, 2), neighbours_eager(x, queue, 2))
 
 
-def test_the_best_may_stand_anywhere():
+def test_the_best_may_stand_anywhere(monkeypatch):
     """Many more groups than are looked at again, so it is the scan that has to see each block, the last one too."""
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, -9.0, **options))   # no lucky left-overs
     x, queue = unit_rows(1, 16), unit_rows(997, 16, seed=1)
     for place in (0, 500, 996):
         kept = queue.clone()
