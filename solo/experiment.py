@@ -156,7 +156,8 @@ def _learned(content: dict[str, Any]) -> dict[str, Any]:
     for key in _NOT_LEARNED:
         content.pop(key, None)
     for block, key in _NOT_LEARNED_INSIDE:
-        content.get(block, {}).pop(key, None)
+        if isinstance(content.get(block), dict):
+            content[block].pop(key, None)
     return content
 
 
