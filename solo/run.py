@@ -42,6 +42,7 @@ from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
 from solo.peers import together
+from solo.redaction import redacted
 from solo.start import begin, meet
 from solo.tuning import tuned
 
@@ -165,7 +166,7 @@ def _rank() -> int:
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
         try:
-            checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
+            checkpoint.write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
         except OSError as error:
             raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 
@@ -189,7 +190,7 @@ def _trainer(
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
     classes = data.spec.classes
-    provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
+    provenance = {"version": library_version(), "method": config.method, "config": redacted(config.to_json())}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)

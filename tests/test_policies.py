@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "reading",
-    "schedules",
+    "redaction", "schedules", "config_files",
 }
 PARTS = BASE | {"kernels", "losses", "neighbours", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
@@ -39,8 +39,8 @@ MAY_IMPORT = {
 TOP = {"__init__", "bench", "certify", "experiment", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
-    "hydra": "config.py",
-    "omegaconf": "config.py",
+    "hydra": ("config.py", "config_files.py"),
+    "omegaconf": ("config.py", "config_files.py"),
     "torchvision": ("data/", "bench/"),
     "triton": "kernels/",
     "submitit": "launch.py",
