@@ -48,6 +48,7 @@ HOMES = {
     "wandb": "run.py",
     "umap": "eval/umap.py",
     "open_clip": "towers.py",
+    "huggingface_hub": "towers.py",
 }
 
 
