@@ -11,6 +11,8 @@ groups that were left out might hold a nearer key are searched again, so that th
 import torch
 from torch import Tensor
 
+from solo.precision import full_precision
+
 GROUP = 16                  # keys of which the scan keeps one number
 SPARE = 8                   # groups that are compared in full, besides k, before a row is searched again
 LARGE = 8192                # keys from which on bfloat16 can pay
@@ -23,6 +25,7 @@ _SLACK = 1e-4               # for all smaller errors: of products of errors, of 
 
 
 @torch.no_grad()
+@full_precision
 def nearest(z: Tensor, keys: Tensor, k: int = 1) -> Tensor:
     """Numbers of the k keys with the largest inner product with each row, nearest first; of equal ones any.
 

@@ -49,6 +49,7 @@ HOMES = {
     "wandb": "run.py",
     "umap": "eval/umap.py",
     "open_clip": "towers.py",
+    "huggingface_hub": "towers.py",
 }
 
 

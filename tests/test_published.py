@@ -63,6 +63,10 @@ ALL4ONE = {
     **HEADS, "queue_size": 98304, "centroid_temperature": 0.1, "transformer_lr": 0.1, "neighbours": 5, "depth": 3, "heads": 8,
     "dropout": 0.1, "momentum": {"base_tau": 0.99, "final_tau": 1.0},
 }
+SIMCLR = {"temperature": 0.2, "proj_hidden_dim": 2048, "proj_output_dim": 256}
+WIDE = {"proj_hidden_dim": 2048, "proj_output_dim": 2048}
+BARLOW = {**WIDE, "lamb": 0.0051, "scale_loss": 0.1}
+VICREG = {**WIDE, "sim_loss_weight": 25, "var_loss_weight": 25, "cov_loss_weight": 1}
 LARS = {"momentum": 0.9, "eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}
 BYOL_IMAGENET = {**LARS, "eta": 0.001, "clip_lr": False}
 # method_kwargs; backbone, dataset; lr, classifier_lr, weight decay per 256 images; images and devices; epochs; LARS
@@ -71,6 +75,9 @@ RECIPES = {
     "cifar/all4one": (ALL4ONE, "resnet18", "cifar10", 1.0, 0.1, 1e-5, 256, 1, 1000, LARS),
     "imagenet-100/nnclr": (NNCLR, "resnet18", "imagenet100", 0.4, 0.1, 1e-5, 128, 2, 400, LARS),
     "imagenet-100/all4one": (ALL4ONE, "resnet18", "imagenet100", 1.0, 0.1, 1e-5, 128, 2, 400, LARS),
+    "cifar/simclr": (SIMCLR, "resnet18", "cifar10", 0.4, 0.1, 1e-4, 256, 1, 1000, LARS),
+    "cifar/barlow_twins": (BARLOW, "resnet18", "cifar10", 0.3, 0.1, 1e-4, 256, 1, 1000, LARS),
+    "cifar/vicreg": (VICREG, "resnet18", "cifar10", 0.3, 0.1, 1e-4, 256, 1, 1000, LARS),
     # Not published for these methods: the optimizer of BYOL's file, as the headers say.
     "imagenet/nnclr": (NNCLR, "resnet50", "imagenet", 0.45, 0.2, 1e-6, 128, 8, 100, BYOL_IMAGENET),
     "imagenet/all4one": (ALL4ONE, "resnet50", "imagenet", 0.45, 0.2, 1e-6, 128, 8, 100, BYOL_IMAGENET),
@@ -91,7 +98,7 @@ def test_recipes(name):
     assert (optimizer.batch_size, recipe.trainer["devices"], recipe.trainer["max_epochs"]) == (batch, devices, epochs)
     assert (schedule.name, schedule.warmup_epochs, schedule.warmup_start_lr, schedule.min_lr) == ("warmup_cosine", 10, 3e-5, 0)
     assert recipe.trainer["sync_batchnorm"] and recipe.trainer["precision"] == "bf16-mixed"
-    assert method_kwargs["queue_size"] % (batch * devices) == 0
+    assert method_kwargs.get("queue_size", 0) % (batch * devices) == 0
 
 
 SCE_LARS = {"momentum": 0.9, "eta": 0.001, "exclude_bias_n_norm": True, "decay_first": True, "eps": 0}
@@ -224,6 +231,7 @@ VIEWS = {
     "imagenet/asymmetric": LARGE,
     "custom/asymmetric": LARGE,
     "cifar/symmetric": [(32, WHOLE, STRONG, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
+    "cifar/vicreg": [(32, (0.2, 1.0), MILD, 0.2, 0.0, 0.1, 0.0, 0.5)] * 2,
     "cifar/symmetric_weak": [(32, WHOLE, WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
     "imagenet/mocov2": [(224, (0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,     # UniGrad's
     "cifar/weak_strong": [(32, (0.2, 1.0), NONE, 0.0, 0.0, 0.0, 0.0, 0.5), (32, (0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)],

@@ -19,6 +19,8 @@ class BarlowTwins(Method):
     Named deviation: the projector's last layer has no bias. The published one never learns: the loss takes means off.
     """
 
+    gathers = "statistics"
+
     @dataclass(kw_only=True)
     class Config:
         """Defaults of solo-learn; its CIFAR and ImageNet-100 recipes have ``scale_loss=0.1``."""

@@ -16,6 +16,8 @@ from solo.ranges import require
 class NNCLR(Method):
     """Each view predicts the nearest neighbour, in a queue of past embeddings, of the other view."""
 
+    gathers = "keys"
+
     @dataclass(kw_only=True)
     class Config:
         """Published values; ``queue_size`` must be a multiple of the global batch."""
@@ -28,8 +30,6 @@ class NNCLR(Method):
 
         def __post_init__(self) -> None:
             require(self, positive="temperature", at_least_1="proj_hidden_dim proj_output_dim pred_hidden_dim queue_size")
-
-    gathers = "keys"
 
     def __init__(self, backbone: nn.Module, config: Config) -> None:
         super().__init__(backbone, config)

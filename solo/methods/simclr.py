@@ -16,6 +16,7 @@ class SimCLR(Method):
     """The views of an image are told from all other views of the global batch; smaller crops are views like the others."""
 
     multicrop = True
+    gathers = "keys"
 
     @dataclass(kw_only=True)
     class Config:

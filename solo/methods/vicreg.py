@@ -19,6 +19,8 @@ class VICReg(Method):
     Named deviation: the projector's last layer has no bias. The published one never learns: it cancels in all three terms.
     """
 
+    gathers = "statistics"
+
     @dataclass(kw_only=True)
     class Config:
         """Published values; the paper's projector is 8192 wide, that of solo-learn's recipes 2048."""
