@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "bench", "certify", "experiment", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "certify", "experiment", "loggers", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": ("config.py", "config_files.py"),
@@ -46,7 +46,7 @@ HOMES = {
     "submitit": "launch.py",
     "numba": ("data/", "kernels/", "bench/"),
     "nvidia": "data/engines/dali.py",
-    "wandb": "run.py",
+    "wandb": "loggers.py",
     "umap": "eval/umap.py",
     "open_clip": "towers.py",
     "huggingface_hub": "towers.py",
