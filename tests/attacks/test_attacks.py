@@ -26,7 +26,7 @@ from solo.errors import ConfigError, DataError
 from solo.eval.results import record
 from solo.experiment import experiment
 from solo.reading import read_tensors
-from tests.attacks import registry
+from tests.attacks import checkpoints, configs, datasets, registry
 from tests.attacks.make import ATTACKS, made
 from tests.attacks.sandbox import MIB, SECONDS, confined
 
@@ -50,8 +50,8 @@ def read_checkpoint(file: Path, name: str) -> None:
     doors: list[Callable[[], object]] = [lambda: export.load(file)]
     if not is_plain_data(name):
         doors.append(lambda: checkpoint.provenance(checkpoint.read(file), file))
-    if "-as-" in name:
-        doors.append(lambda: read_tensors(file))
+    if (short := name.split("/")[1]) in (*checkpoints.WORDS, *checkpoints.PAYLOADS):
+        doors.append(lambda: read_tensors(file, stand_ins=short in checkpoints.WORDS))
     for door in doors:
         with pytest.raises(ConfigError) as refused:
             door()
@@ -158,6 +158,24 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # The harness itself: what it must be able to see.
+
+
+def test_what_the_attacks_are_made_of_is_readable_without_the_attack(tmp_path: Path) -> None:
+    saved, by_hand = tmp_path / "saved.ckpt", tmp_path / "hand.ckpt"
+    checkpoints.save(checkpoints.whole(), saved)
+    checkpoints.archive(by_hand, checkpoints.described(checkpoints.tensor()), checkpoints.FOUR)
+    for file in (saved, by_hand):
+        assert checkpoint.provenance(checkpoint.read(file), file)["method"] == "nnclr"
+    assert torch.equal(checkpoint.read(by_hand)["x"], torch.zeros(4))
+    for surface, suffix in (("npz", ".npz"), ("tar", ".tar")):
+        file = tmp_path / f"x{suffix}"
+        (datasets.npz() if surface == "npz" else datasets.tar())(file, tmp_path / "RAN")
+        read_images(file, f"{surface}/x")
+    (tmp_path / "x.yaml").write_text(configs.BASE)
+    argv = list(sys.argv)
+    run_command(tmp_path / "x.yaml", "yaml/x")
+    sys.argv[:] = argv
+    assert decode(datasets.jpeg(), 3).shape == decode(datasets.png(16, 16), 3).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("payload", ["os-system", "popen", "exec", "eval", "open", "path", "runpy"])
