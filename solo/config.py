@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -315,9 +316,20 @@ def _forced(override: str, directory: Path) -> str:
     if (not equals and not key.startswith("~")) or not key.strip("+~"):
         raise ConfigError(f"{override!r} is not an override: write key=value")
     group = directory / key.lstrip("+~").partition("@")[0]
-    if group.is_dir() or key.startswith(("~", "hydra.", "hydra/", "++")):
+    if group.is_dir() or key.startswith(("~", "hydra.", "hydra/")):
         return override
-    return "++" + override.lstrip("+")
+    return _readable("++" + override.lstrip("+"))
+
+
+def _readable(override: str) -> str:
+    """A value that Hydra's grammar has no reading for, such as a path with ``=``, ``'`` or letters beyond ASCII, as text."""
+    try:
+        OverridesParser.create().parse_override(override)
+        return override
+    except HydraException:
+        key, _, value = override.partition("=")
+        value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"{key}='{value}'"
 
 
 def _nearest_file(file: Path) -> str:

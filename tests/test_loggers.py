@@ -1,0 +1,101 @@
+"""A logger that fails costs lines, never the run: a server that is down at the start or later, a disk that is full."""
+
+import errno
+
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger
+
+from solo import checkpoint, loggers
+from solo.experiment import experiment
+from solo.loggers import Spared
+from solo.run import pretrain
+from tests.tiny import values
+
+
+class Server(CSVLogger):
+    """Answers unless it is down."""
+
+    down = False
+    reports = 0
+
+    def log_metrics(self, metrics, step=None):
+        if Server.down:
+            raise ConnectionError("the server cannot be reached\nand has more to say")
+        Server.reports += 1
+
+
+@pytest.fixture(autouse=True)
+def up(monkeypatch):
+    monkeypatch.setattr(Server, "down", False)
+    monkeypatch.setattr(Server, "reports", 0)
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "solo.loggers"]
+
+
+def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplog):
+    clock = [1000.0]
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    logger = Spared("x", lambda: Server(tmp_path))
+    logger.log_metrics({"a": 1.0}, 1)
+    Server.down = True
+    for step in range(100):
+        logger.log_metrics({"a": 1.0}, step)
+    said = "logger x fails (ConnectionError: the server cannot be reached and has more to say); training goes on, 1 lost so far"
+    assert warnings(caplog) == [said]
+    clock[0] += loggers.AGAIN
+    logger.log_metrics({"a": 1.0}, 100)
+    assert len(warnings(caplog)) == 2 and "101 lost so far" in warnings(caplog)[1]
+    Server.down = False
+    logger.log_metrics({"a": 1.0}, 101)
+    assert Server.reports == 2
+
+
+def test_down_at_the_start_is_tried_again(tmp_path, caplog):
+    def make():
+        if Server.down:
+            raise TimeoutError("no answer")
+        return Server(tmp_path)
+
+    Server.down = True
+    logger = Spared("x", make)
+    logger.log_metrics({"a": 1.0}, 1)
+    assert logger.name is None and logger.version is None and logger.save_dir is None and logger.experiment is None
+    for call in (logger.save, lambda: logger.finalize("success"), lambda: logger.log_hyperparams({"a": 1})):
+        call()
+    assert len(warnings(caplog)) == 1
+    Server.down = False
+    logger.log_metrics({"a": 1.0}, 2)
+    assert Server.reports == 1 and logger.save_dir == str(tmp_path)
+
+
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def never(*arguments, **options):
+    raise ConnectionError("refused")
+
+
+@pytest.mark.parametrize("fault", ["disk full", "down at the start", "down later"])
+def test_a_run_is_complete_without_its_loggers(fault, tmp_path, monkeypatch, caplog):
+    quiet = pretrain(experiment(values("nnclr", tmp_path / "quiet", max_epochs=1)))
+    if fault == "disk full":
+        monkeypatch.setattr(CSVLogger, "save", full)
+    elif fault == "down at the start":
+        monkeypatch.setattr(pl.loggers, "CSVLogger", never)
+    else:
+        calls, original = [], CSVLogger.log_metrics
+
+        def later(self, metrics, step=None):
+            calls.append(step)
+            return original(self, metrics, step) if len(calls) < 4 else never()
+
+        monkeypatch.setattr(CSVLogger, "log_metrics", later)
+    caplog.clear()
+    result = pretrain(experiment(values("nnclr", tmp_path / "faulty", max_epochs=1)))
+    assert len(warnings(caplog)) == 1
+    one, other = (checkpoint.read(run.checkpoint)["state_dict"] for run in (quiet, result))
+    assert all((one[key] == other[key]).all() for key in one)

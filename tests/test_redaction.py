@@ -1,0 +1,97 @@
+"""What a config holds of secrets stays out of everything a run writes or sends."""
+
+import json
+
+import pytest
+import pytorch_lightning as pl
+import yaml
+
+from solo import checkpoint, config, loggers, redaction
+from solo.eval.offline import evaluate_knn
+from solo.experiment import experiment
+from solo.redaction import HIDDEN, redacted
+from solo.run import pretrain
+from tests.tiny import values
+
+FROM_ENVIRONMENT = "swordfish-7391"
+WRITTEN = "sk-0a1b2c3d4e"
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Composes a config that holds secrets in every way."""
+    monkeypatch.setattr(redaction, "_from_environment", {})
+    monkeypatch.setenv("SOLO_TEST_SECRET", FROM_ENVIRONMENT)
+    extra = {
+        "api_key": WRITTEN, "hub": {"AuthToken": WRITTEN}, "list": [{"db_password": WRITTEN}],
+        "note": "${oc.env:SOLO_TEST_SECRET}", "again": "${extra.note}/again",
+        "inside": "x-${oc.env:SOLO_TEST_SECRET}-y", "num_tokens": 3, "tokens": True,
+    }
+    content = values("nnclr", tmp_path / "runs", extra=extra, max_epochs=1, loggers=["csv", "tensorboard"])
+    content["data"]["cache_dir"] = f"{tmp_path}/${{oc.env:SOLO_TEST_SECRET}}"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return lambda *overrides: experiment(config.load(tmp_path / "tiny.yaml", overrides))
+
+
+def test_nothing_a_run_writes_holds_a_secret(load, tmp_path, caplog):
+    caplog.set_level("INFO", "solo")
+    bound = load()
+    assert bound.extra["again"] == f"{FROM_ENVIRONMENT}/again" and bound.extra["api_key"] == WRITTEN      # the run has them
+    result = pretrain(bound)
+    evaluate_knn({"checkpoint": str(result.checkpoint), "data": {"cache_dir": f"{tmp_path}/{FROM_ENVIRONMENT}"}, "k": [1]})
+    files = [path for path in result.run_dir.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"config.json", "results.json", "metrics.csv", "manifest.json", "last.ckpt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    for path in files:
+        for secret in (FROM_ENVIRONMENT, WRITTEN):
+            assert secret.encode() not in path.read_bytes(), f"{path} holds {secret}"
+    assert FROM_ENVIRONMENT not in caplog.text and WRITTEN not in caplog.text
+    kept = json.loads((result.run_dir / "config.json").read_text())
+    assert kept["extra"]["api_key"] == kept["extra"]["hub"]["AuthToken"] == HIDDEN and kept["extra"]["num_tokens"] == 3
+    assert kept["extra"]["inside"] == "x-${oc.env:SOLO_TEST_SECRET}-y" and kept["extra"]["tokens"] is True
+    assert checkpoint.provenance(checkpoint.read(result.checkpoint), "x")["config"] == kept
+    experiment(kept)                                                        # and it is a config
+
+
+def test_a_run_goes_on_where_secrets_were_hidden(load, caplog):
+    caplog.set_level("INFO", "solo")
+    first = pretrain(load())
+    again = pretrain(load("max_epochs=2"))
+    assert again.run_dir != first.run_dir or "was" not in caplog.text
+    pretrain(load())
+    assert "nothing to train" in caplog.text and "note:" not in caplog.text
+
+
+def test_short_texts_are_not_looked_for_inside_others(monkeypatch):
+    monkeypatch.setattr(redaction, "_from_environment", {})
+    redaction.remember("a1", "SHORT")
+    redaction.remember("", "EMPTY")
+    assert redacted({"x": "a1", "y": "a1b", "z": "", "n": [1, None, 2.5]}) == {
+        "x": "${oc.env:SHORT}", "y": "a1b", "z": "", "n": [1, None, 2.5]}
+
+
+def test_keys_called_like_a_secret():
+    hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials")
+    shown = ("key", "keys", "name", "pass_through", "monkey", "epochs")
+    content = redacted({key: "text" for key in (*hidden, *shown)})
+    assert {key for key, value in content.items() if value == HIDDEN} == set(hidden)
+
+
+def test_wandb_is_sent_neither_code_nor_config(load, tmp_path, monkeypatch):
+    sent = []
+
+    class Fake(pl.loggers.CSVLogger):
+        def __init__(self, **arguments):
+            sent.append(arguments)
+            super().__init__(tmp_path / "fake", name="fake")
+
+        def log_hyperparams(self, *arguments):
+            sent.append(arguments)
+
+    monkeypatch.setattr(pl.loggers, "WandbLogger", Fake)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
+    pretrain(load("wandb.enabled=true", "wandb.project=mine"))
+    (only,) = sent
+    assert only["save_code"] is False and only["settings"]["disable_code"] and only["settings"]["disable_git"]
+    assert only["project"] == "mine" and FROM_ENVIRONMENT not in str(only) and WRITTEN not in str(only)
