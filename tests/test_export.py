@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from solo import backbones, checkpoint, export
 from solo.backbones import BackboneConfig
-from solo.errors import ConfigError
+from solo.errors import ConfigError, reported
 
 SMALL = BackboneConfig(name="resnet18", stem="small")
 
@@ -124,3 +125,48 @@ def test_stem_follows_the_file(tmp_path):
     large = backbones.build(BackboneConfig(name="resnet18", stem="imagenet"), image_size=32)
     torch.save({"state_dict": prefixed("backbone.", large.state_dict())}, tmp_path / "x.ckpt")
     assert export.load_backbone(tmp_path / "x.ckpt").conv1.weight.shape == (64, 3, 7, 7)
+
+
+def run_with(tmp_path, weights, **config):
+    """A run's directory that holds these weights."""
+    facts = {"version": "0", "method": "nnclr", "config": {"backbone": {"name": "resnet18"}, **config}}
+    content = {"state_dict": prefixed("backbone.", weights), "global_step": 1, "epoch": 0, "solo": json.dumps(facts)}
+    checkpoint.save(content, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    return tmp_path / "run"
+
+
+def test_safetensors_hold_the_same_backbone_and_no_secrets(tmp_path, weights, caplog):
+    caplog.set_level("INFO", "solo")
+    others = {"data": {"train_path": "/home/me"}, "extra": {"note": "mine"}}
+    run = run_with(tmp_path, weights, augmentations=[{"crop_size": 32}], **others)
+    out = tmp_path / "new" / "backbone.safetensors"
+    export.main([str(run), str(out)])
+    assert "resnet18" in caplog.text
+    same(export.load_backbone(out), weights)
+    found = export.load(out)
+    assert found.image_size == 32 and found.in_chans == 1 and found.config.stem == "small"
+    assert b"/home/me" not in out.read_bytes() and b"mine" not in out.read_bytes()
+    assert {name: value.dtype for name, value in load_file(out).items()} == {name: w.dtype for name, w in weights.items()}
+
+
+def test_a_safetensors_file_of_others(tmp_path, weights):
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "x.safetensors")
+    same(export.load_backbone(tmp_path / "x.safetensors"), weights)
+    same(export.load_backbone(tmp_path / "x.safetensors", {"name": "resnet18", "stem": "small"}), weights)
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["none.ckpt", "x.safetensors"], 2, "config error: checkpoint=none.ckpt does not exist"),
+    (["run", "x.pt"], 2, "config error: x.pt must end with .safetensors"),
+    (["run", "file/x.safetensors"], 5, "environment error: file/x.safetensors cannot be written: "),
+    (["file", "x.safetensors"], 2, "config error: file cannot be loaded as tensors and plain values"),
+    (["run", "x.safetensors", "--backbone", "resnet81"], 2, "config error: backbone.name: no timm model 'resnet81'"),
+])
+def test_the_command_says_what_is_wrong(tmp_path, weights, monkeypatch, capsys, arguments, code, said):
+    run_with(tmp_path, weights)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left, reported():
+        export.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == code and line.startswith(said)

@@ -1,0 +1,105 @@
+"""Every command, asked for what cannot be: one line per problem, the kind's exit code, no traceback (docs/errors.md)."""
+
+import importlib
+import json
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+
+from solo import errors
+from solo.errors import ConfigError, DataError, EnvironmentFault, Interrupted, NumericsError, SoloError, reported
+from tests.conftest import ROOT
+from tests.eval.runs import make_run
+
+# (command, words, exit code, what the first line says); RUN stands for a run's directory, the working directory holds no images
+WRONG = [
+    ("main_knn.py", ["checkpoint=none.ckpt"], 2, "checkpoint=none.ckpt does not exist"),
+    ("main_knn.py", ["checkpoint=RUN", "kk=3"], 2, "unknown key kk: did you mean k?"),
+    ("main_knn.py", ["checkpoint=RUN", "k=[]"], 2, "k must list at least one value"),
+    ("main_knn.py", ["checkpoint=RUN", "data.dataset=cifar10"], 2, "data.train_path is missing"),
+    ("main_knn.py", ["checkpoint=RUN", "data.dataset=nothing"], 2, "no 'nothing' in solo.datasets"),
+    ("main_knn.py", ["checkpoint=RUN", "data.dataset=image_folder", "data.train_path=noise"], 3, "none of"),
+    ("main_knn.py", ["checkpoint=RUN", "device=cuda:99"], 5, "cuda"),
+    ("main_knn.py", ["checkpoint=RUN", "output=file/x"], 5, "output=file/x cannot be made"),
+    ("main_linear.py", ["checkpoint=damaged.ckpt"], 2, "damaged.ckpt cannot be loaded as tensors and plain values"),
+    ("main_linear.py", ["checkpoint=RUN", "max_epochs=0"], 2, "max_epochs must be at least 1"),
+    ("main_linear.py", ["checkpoint=RUN", "trainer.x=1"], 2, "unknown key trainer"),
+    ("main_linear.py", ["checkpoint=RUN", "accelerator=gpu"], 5, "no usable GPU"),
+    ("main_umap.py", ["checkpoint=RUN", "metric=nearly"], 2, "metric must be one of cosine, euclidean, got 'nearly'"),
+    ("main_umap.py", ["checkpoint=other.ckpt"], 2, "other.ckpt holds no backbone"),
+    ("main_pretrain.py", ["--config-name", "none.yaml"], 2, "--config-name none.yaml"),
+    ("main_pretrain.py", ["--config-path", "broken", "--config-name", "x.yaml"], 2, "x.yaml is not valid YAML"),
+    ("main_pretrain.py", ["data.dataset=image_folder", "data.train_path=noise"], 3, "none of"),
+    ("main_pretrain.py", ["checkpoint.dir=file/runs"], 5, "checkpoint.dir=file/runs cannot be written"),
+    ("main_pretrain.py", ["devices=1000"], 5, "devices=1000 processes on"),
+    ("launcher.py", ["--gpu", "1"], 2, "unknown flag --gpu, did you mean '--gpus'?"),
+    ("launcher.py", ["--script", "main_none.py"], 2, "--script main_none.py does not exist"),
+    ("launcher.py", ["--gpus", "900"], 5, "--gpus 900"),
+    ("solo.certify", ["nnlcr"], 2, "no 'nnlcr' in solo.methods, did you mean 'nnclr'?"),
+    ("solo.bench", ["nothing"], 2, "python -m solo.bench takes one of"),
+    ("solo.export", ["none.ckpt", "x.safetensors"], 2, "checkpoint=none.ckpt does not exist"),
+]
+KINDS = {error.exit_code: error.kind for error in (ConfigError, DataError, NumericsError, EnvironmentFault)}
+
+
+@pytest.mark.parametrize("command, words, code, said", WRONG, ids=[f"{command} {' '.join(words)}" for command, words, *_ in WRONG])
+def test_a_users_mistake_is_one_line(command, words, code, said, tmp_path, monkeypatch, capfd):
+    if torch.cuda.is_available() and ("accelerator=gpu" in words or "--gpus" in words):
+        pytest.skip("this machine has a GPU")
+    make_run(tmp_path / "run")
+    for folder in ("noise/a", "broken"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "noise" / "a" / f"{i}.png").write_bytes(bytes(100))
+    (tmp_path / "broken" / "x.yaml").write_text("a: [1")
+    (tmp_path / "damaged.ckpt").write_bytes(next((tmp_path / "run").rglob("*.ckpt")).read_bytes()[:-200])
+    (tmp_path / "file").write_text("")
+    torch.save({"state_dict": {"head.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(sys, "argv", [command, *(word.replace("RUN", str(tmp_path / "run")) for word in words)])
+    with pytest.raises(SystemExit) as left:
+        if command.endswith(".py"):
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                name = f"{command}.__main__" if command == "solo.bench" else command
+                patch.delitem(sys.modules, name, raising=False)
+                runpy.run_module(command, run_name="__main__")
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert left.value.code == code and "Traceback" not in "\n".join(lines), lines
+    assert lines and all(line.startswith(f"{KINDS[code]}: ") for line in lines), lines
+    assert said in lines[0], lines
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_keeps_the_traceback(debug, monkeypatch, capsys):
+    monkeypatch.setenv("SOLO_DEBUG", "1") if debug else monkeypatch.delenv("SOLO_DEBUG", raising=False)
+    with pytest.raises(ConfigError if debug else SystemExit), reported():
+        raise ConfigError("one\ntwo")
+    assert capsys.readouterr().err.splitlines() == ([] if debug else ["config error: one", "config error: two"])
+
+
+def test_every_kind_has_its_own_code():
+    kinds = [thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, SoloError)]
+    codes = [kind.exit_code for kind in kinds if kind is not Interrupted]
+    assert len(set(codes)) == len(codes) and Interrupted("x", 15).exit_code == 143
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert all(re.search(rf"\| {code} \|", page) for code in codes if code != 1)
+
+
+def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
+    with pytest.raises(ZeroDivisionError), reported():
+        1 / 0  # noqa: B018
+
+
+def test_modules_with_a_command_are_all_here():
+    commands = {command for command, *_ in WRONG}
+    assert {path.name for path in ROOT.glob("*.py")} - {"setup.py"} <= commands
+    own = {"solo.certify", "solo.bench", "solo.export"}
+    found = {f"solo.{path.stem}" for path in (ROOT / "solo").glob("*.py") if "__main__" in path.read_text()} | {"solo.bench"}
+    assert found - {"solo.torchrun"} == own, json.dumps(sorted(found))
+    assert all(importlib.util.find_spec(name) for name in own)
