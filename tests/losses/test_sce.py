@@ -127,6 +127,21 @@ def test_target_equals_official(golden, size, dtype):
         torch.testing.assert_close(ours, expected, rtol=0, atol=rel * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize("kind", ["single", "keys"])
+def test_target_of_a_batch_equals_official(golden, kind, size, dtype):
+    z = golden(f"sce_{kind}_{size}")
+    x = cast(z, dtype)
+    k, queue = F.normalize(x["k_raw" if kind == "single" else "k_raw_all"], dim=-1), x.get("queue")
+    batch = [k] if kind == "keys" else None
+    ours = sce._targets(k[None], queue, batch, z.params["temp_m"], z.params["coeff"], mask_self=kind == "keys")[0].double()
+    own = z["target"][:, :1] * k.double() if kind == "single" else 0            # its keys: the own one, those of the batch
+    past = torch.cat([*(batch or []), *([] if queue is None else [queue])]).double()
+    expected = own + z["target"][:, kind == "single" :] @ past                  # [N, D]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype][0] * expected.abs().max().item())
+
+
 # --- the equation -----------------------------------------------------------------------------------------------------
 
 
