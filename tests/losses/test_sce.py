@@ -58,6 +58,12 @@ def value_and_gradient(loss, q):
     return loss.item(), torch.autograd.grad(loss, q)[0]
 
 
+def along_the_sphere(gradient, unit):
+    """An official gradient at the unit rows, which lacks the Jacobian of their normalisation, with it."""
+    row, gradient = unit.detach().double(), gradient.double()
+    return gradient - (gradient * row).sum(1, keepdim=True) * row
+
+
 # --- golden -----------------------------------------------------------------------------------------------------------
 
 
@@ -72,8 +78,7 @@ def test_single_equals_official(golden, size, dtype):
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
     unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
     _, gradient = value_and_gradient(sce_loss_func(unit, x["k_raw"], x["queue"], **options(z.params)), unit)
-    row, official = unit.detach().double(), z["grad_q"].double()                # at the unit row, before its Jacobian
-    assert_gradient(gradient, official - (official * row).sum(1, keepdim=True) * row, TOLERANCE[dtype][1])
+    assert_gradient(gradient, along_the_sphere(z["grad_q"], unit), TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -87,6 +92,9 @@ def test_in_batch_equals_official(golden, size, dtype):
     loss, gradient = value_and_gradient(loss, q)
     assert loss == pytest.approx(z["loss"].item(), rel=TOLERANCE[dtype][0])
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
+    unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
+    loss = sce_loss_func(unit, x["k_raw_all"], x.get("queue"), **options(z.params), in_batch=True, mask_self=True)
+    assert_gradient(torch.autograd.grad(loss, unit)[0], along_the_sphere(z["grad_q"], unit), TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -117,6 +125,21 @@ def test_target_equals_official(golden, size, dtype):
         ours = sce._targets(k[None], queue, None, temperature_m, coeff, False)[0].double()          # [N, D]
         expected = official[:, :1] * k.double() + official[:, 1:] @ queue.double()
         torch.testing.assert_close(ours, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize("kind", ["single", "keys"])
+def test_target_of_a_batch_equals_official(golden, kind, size, dtype):
+    z = golden(f"sce_{kind}_{size}")
+    x = cast(z, dtype)
+    k, queue = F.normalize(x["k_raw" if kind == "single" else "k_raw_all"], dim=-1), x.get("queue")
+    batch = [k] if kind == "keys" else None
+    ours = sce._targets(k[None], queue, batch, z.params["temp_m"], z.params["coeff"], mask_self=kind == "keys")[0].double()
+    own = z["target"][:, :1] * k.double() if kind == "single" else 0            # its keys: the own one, those of the batch
+    past = torch.cat([*(batch or []), *([] if queue is None else [queue])]).double()
+    expected = own + z["target"][:, kind == "single" :] @ past                  # [N, D]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype][0] * expected.abs().max().item())
 
 
 # --- the equation -----------------------------------------------------------------------------------------------------
