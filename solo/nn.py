@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solo.dist import gather
+from solo.kernels import neighbours, wants_shadow
 from solo.losses.unigrad import correlation
-from solo.neighbours import nearest
 from solo.precision import full_precision
 from solo.schedules import cosine
 
@@ -62,6 +62,9 @@ class Queue(StepModule):
     A push lands only when `land` is called, after the optimizer step: a lookup never meets the batch it comes from,
     and however many micro-batches a step accumulates, they see the same queue.
 
+    From the first lookup on, where `wants_shadow`, a copy of the keys in bfloat16 is kept for the search: half as much memory
+    again. It follows the keys and is in no checkpoint.
+
     Args:
         size: number of rows K.
         dim: width D.
@@ -79,6 +82,7 @@ class Queue(StepModule):
         self.register_buffer("labels", torch.full((size,), -1, dtype=torch.long))                   # [K]
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._shadow: tuple[Tensor, Tensor, int] | None = None      # of which keys, in which version
 
     @torch.no_grad()
     def nearest(self, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -90,8 +94,19 @@ class Queue(StepModule):
         Returns:
             Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
         """
-        index = nearest(unit(z).to(self.keys.dtype), self.keys, k)                                  # [B, k]
+        index = neighbours(unit(z).to(self.keys.dtype), self.keys, k, shadow=self._current_shadow())    # [B, k]
         return self.keys[index], self.labels[index]
+
+    def _current_shadow(self) -> Tensor | None:
+        """[K, D] bfloat16; made anew where the keys were written by others than `land`, e.g. by a checkpoint."""
+        if not wants_shadow(self.keys):
+            return None
+        if self._shadow is None or not self._follows():
+            self._shadow = self.keys.bfloat16(), self.keys, self.keys._version
+        return self._shadow[0]
+
+    def _follows(self) -> bool:
+        return self._shadow is not None and self._shadow[1] is self.keys and self._shadow[2] == self.keys._version
 
     @torch.no_grad()
     def push(self, z: Tensor, labels: Tensor) -> None:
@@ -106,12 +121,16 @@ class Queue(StepModule):
     @torch.no_grad()
     def land(self) -> None:
         """Write what was pushed since the last call over the oldest rows."""
+        shadow = self._shadow[0] if self._shadow is not None and self._follows() else None
         for z, labels in self._pending:
             rows = (self.pointer + torch.arange(len(z), device=z.device)) % len(self.keys)
             self.keys[rows] = z
+            if shadow is not None:
+                shadow[rows] = z.bfloat16()
             self.labels[rows] = labels
             self.pointer.copy_((self.pointer + len(z)) % len(self.keys))
         self._pending.clear()
+        self._shadow = None if shadow is None else (shadow, self.keys, self.keys._version)
 
     def after_step(self, progress: float) -> dict[str, float]:
         self.land()

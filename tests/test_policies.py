@@ -18,13 +18,12 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "schedules",
 }
-PARTS = BASE | {"kernels", "losses", "neighbours", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
+PARTS = BASE | {"kernels", "losses", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     "losses": BASE | {"kernels"},
-    "neighbours": BASE | {"kernels"},
     **dict.fromkeys(("nn", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
     "methods": PARTS - {"config"},
     "data": BASE,

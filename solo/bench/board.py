@@ -17,6 +17,16 @@ GOALS: tuple[tuple[str, str, str, float], ...] = (
     ("D5", "", "x", 3),
     ("D6", "", "ms", 50),
     ("Dx", "whole range", "%", 20),
+    ("L1", "", "x", 2.3),
+    ("L1", "peak of the peer's", "%", 2),
+    ("L2", "Barlow Twins N=256 D=2048", "x", 3),
+    ("L2", "VICReg N=256 D=2048", "x", 4.5),
+    ("L2", "Barlow Twins N=256 D=8192", "x", 20),
+    ("L2", "VICReg N=256 D=8192", "x", 35),
+    ("L3", "top-1", "x", 3),
+    ("L3", "top-5", "x", 2),
+    ("L4", "", "x", 1.7),
+    ("L5", "", "x", 1.4),
 )
 _SUBJECTS = {"D": "Data engine", "S": "Step", "L": "Losses", "K": "Kernels", "E": "Training"}
 _HEAD = ("| id | what | ours | peer | ratio | goal | met |", "|---|---|---|---|---|---|---|")

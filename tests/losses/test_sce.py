@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solo.losses import attention, sce, sce_loss_func, sce_multicrop_loss_func
+from solo.kernels import attention, blocks, queue_attention
+from solo.losses import sce, sce_loss_func, sce_multicrop_loss_func
 from solo.testing import run_ranks
 from tests.losses.test_losses import assert_gradient
 
@@ -122,7 +123,8 @@ def test_target_equals_official(golden, size, dtype):
     for (temperature_m, coeff), official in zip(z["grid"].tolist(), z["target"], strict=True):
         for row, expected in zip(k[:8], official, strict=False):
             assert soft_target(row, queue, None, temperature_m, coeff, False) == pytest.approx(expected.tolist(), rel=rel)
-        ours = sce._targets(k[None], queue, None, temperature_m, coeff, False)[0].double()          # [N, D]
+        mean, lse = queue_attention(k, queue, 1 / temperature_m)
+        ours = sce._targets(k[None], (mean[None], lse[None]), None, temperature_m, coeff, False)[0].double()    # [N, D]
         expected = official[:, :1] * k.double() + official[:, 1:] @ queue.double()
         torch.testing.assert_close(ours, expected, rtol=0, atol=rel * expected.abs().max().item())
 
@@ -149,7 +151,7 @@ def test_target_of_a_batch_equals_official(golden, kind, size, dtype):
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("n, d, size, block", [(1, 5, 7, 3), (3, 2, 4, 4), (5, 7, 11, 4), (6, 4, 9, 1), (4, 3, 2, 64)])
 def test_blocks_equal_the_equation(monkeypatch, n, d, size, block, in_batch, mask_self):
-    monkeypatch.setattr(attention, "CPU_BLOCK", (2, block))
+    monkeypatch.setattr(blocks, "CPU", (2, block))
     q, k, queue = inputs(n, d, size)
     chosen = {"temperature": 0.2, "temperature_m": 0.11, "coeff": 0.3, "mask_self": mask_self}
     batch = F.normalize(k, dim=-1)
@@ -283,7 +285,7 @@ def test_no_matrix_is_kept_for_the_backward_pass():
 
 
 def test_no_matrix_is_ever_made(monkeypatch):
-    monkeypatch.setattr(attention, "CPU_BLOCK", (16, 16))
+    monkeypatch.setattr(blocks, "CPU", (16, 16))
     q, k, queue = inputs(10, 8, 200)
     for in_batch in (False, True):
         with Largest() as largest:
@@ -294,12 +296,11 @@ def test_no_matrix_is_ever_made(monkeypatch):
 def test_a_view_meets_the_queue_once(monkeypatch):
     rows = []
     attend = attention.attend
-    for module in (attention, sce):
-        monkeypatch.setattr(module, "attend", lambda x, *rest: rows.append(x[..., 0].numel()) or attend(x, *rest))
+    monkeypatch.setattr(attention, "attend", lambda x, *rest: rows.append(len(x)) or attend(x, *rest))
     q, k = list(torch.randn(6, 4, 8)), list(torch.randn(2, 4, 8))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
     sce_multicrop_loss_func(q, k, F.normalize(torch.randn(32, 8), dim=-1), pairs)
-    assert rows == [2 * 4, 6 * 4]
+    assert rows == [(2 + 6) * 4]
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
