@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from solo.errors import ConfigError, NumericsError
+from solo.reading import parse_json, read_json, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ class Entry:
     step: int
     epoch: int
     keep: bool = False
+
+    def __post_init__(self) -> None:
+        """A manifest is a file like any other: what it names is opened and removed, so it must lie beside it."""
+        text = isinstance(self.file, str) and isinstance(self.sha256, str)
+        if not text or not re.fullmatch(r"[^./\\\0][^/\\\0]*", self.file) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"it names {self.file!r}, which is no file beside it, or no SHA-256")
+        if type(self.step) is not int or type(self.epoch) is not int or type(self.keep) is not bool:
+            raise ValueError(f"step, epoch or keep of {self.file} is of another type")
 
 
 def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
@@ -95,8 +103,8 @@ def manifest(folder: str | Path) -> list[Entry]:
     if not path.exists():
         return []
     try:
-        return sorted((Entry(**row) for row in json.loads(path.read_text())), key=lambda entry: entry.step)
-    except (ValueError, TypeError) as error:
+        return sorted((Entry(**row) for row in read_json(path)), key=lambda entry: entry.step)
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{path} is not a manifest of checkpoints ({error}): remove it to start over from scratch") from error
 
 
@@ -199,42 +207,43 @@ def read(path: str | Path) -> dict[str, Any]:
     if expected is not None and digest(path) != expected:
         raise ConfigError(f"{path} is damaged: its checksum differs from {MANIFEST}")
     content = read_tensors(path)
-    if not isinstance(content.get("solo"), str) or "state_dict" not in content:
+    state = content.get("state_dict")
+    if not isinstance(content.get("solo"), str) or not isinstance(state, dict):
         raise ConfigError(f"{path} is not a checkpoint of solo")
+    if wrong := [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]:
+        raise ConfigError(f"{path} is not a checkpoint of solo: {wrong[0]!r} in its state_dict is no tensor")
+    if wrong := [name for name in ("global_step", "epoch") if type(content.get(name)) is not int]:
+        raise ConfigError(f"{path} is not a checkpoint of solo: {wrong[0]} is no whole number")
     return content
 
 
-def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Load any file of tensors and plain values written by ``torch.save``, never running code from it.
+def provenance(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of its origin: ``version``, ``method`` and the plain ``config``.
 
     Raises:
-        ConfigError: the file is damaged or holds anything else.
+        ConfigError: it does not say so.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise ConfigError(f"{path} is damaged: checksum of {broken} differs")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # the unpickler and the zip reader raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{path} cannot be loaded as tensors and plain values: {reason}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not a dictionary")
-    return content
+        facts = parse_json(content["solo"])
+    except ValueError as error:
+        raise ConfigError(f"{path} does not say where it comes from: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("method"), str) or not isinstance(facts.get("config"), dict):
+        raise ConfigError(f"{path} does not say where it comes from: method and config are missing")
+    return facts
 
 
 def misfit(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What keeps a state dict from fitting a model's: missing, unexpected and differently shaped keys; or nothing."""
-    missing, unexpected = sorted(set(model) - set(state)), sorted(set(state) - set(model))
+    missing, unexpected = sorted(set(model) - set(state)), sorted(set(state) - set(model), key=str)
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(model[key].shape)}"
+        f"{key} {tuple(getattr(state[key], 'shape', ()))} instead of {tuple(model[key].shape)}"
         for key in sorted(set(model) & set(state))
-        if state[key].shape != model[key].shape
+        if getattr(state[key], "shape", None) != model[key].shape
     ]
     parts = ((f"missing {len(missing)}", missing), (f"unexpected {len(unexpected)}", unexpected), ("shape of", shapes))
-    return "; ".join(f"{title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" for title, keys in parts if keys)
+    return "; ".join(
+        f"{title}: {', '.join(map(str, keys[:5]))}{', ...' if len(keys) > 5 else ''}" for title, keys in parts if keys
+    )
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -20,11 +20,28 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
+from solo import config_files
 from solo.errors import ConfigError, reported
 from solo.names import nearest
+from solo.redaction import remember
 
 T = TypeVar("T")
+
+_MAX_GROWTH = 2e7       # characters that interpolations may make of a config, at worst
+config_files.install()
+
+
+def _environment(key: str, *default: Any) -> Any:
+    """OmegaConf's ``${oc.env:KEY}``, which records name and do not quote."""
+    value = oc.env(key, *default)
+    if isinstance(value, str) and key in os.environ:
+        remember(value, key)
+    return value
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def bind(schema: type[T], values: dict[str, Any], path: str = "", also_known: Iterable[str] = ()) -> T:
@@ -192,6 +209,9 @@ def values(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: an interpolation does not resolve or a mandatory value is missing.
     """
+    text = OmegaConf.to_yaml(config)
+    if len(text) * 3 ** (text.count("${") / 3) > _MAX_GROWTH:       # each of n can stand in another: at most 3 ** (n / 3) fold
+        raise ConfigError(f"{text.count('${')} interpolations ${{...}} could make the config grow beyond all bounds: use fewer")
     try:
         missing = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra."))
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)

@@ -28,6 +28,7 @@ from solo.eval.report import ReportConfig
 from solo.methods import METHODS
 from solo.nn import Momentum
 from solo.optim import OptimizerConfig
+from solo.redaction import redacted
 from solo.schedules import SchedulerConfig
 
 # Trainer arguments that a run decides itself.
@@ -122,7 +123,7 @@ class Experiment:
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that change what is learned and differ from another config: (its value, this one's)."""
-        theirs, own = _flat(_learned(other)), _flat(_learned(self.to_json()))
+        theirs, own = _flat(_learned(other)), _flat(_learned(redacted(self.to_json())))
         return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
@@ -156,7 +157,8 @@ def _learned(content: dict[str, Any]) -> dict[str, Any]:
     for key in _NOT_LEARNED:
         content.pop(key, None)
     for block, key in _NOT_LEARNED_INSIDE:
-        content.get(block, {}).pop(key, None)
+        if isinstance(content.get(block), dict):
+            content[block].pop(key, None)
     return content
 
 

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
@@ -40,8 +38,10 @@ from solo.dist import part
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
+from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
+from solo.redaction import redacted
 from solo.start import begin, meet
 from solo.tuning import tuned
 
@@ -165,7 +165,7 @@ def _rank() -> int:
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
         try:
-            checkpoint.write_file(run_dir / "config.json", json.dumps(config.to_json(), indent=1).encode())
+            checkpoint.write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
         except OSError as error:
             raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 
@@ -189,7 +189,7 @@ def _trainer(
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
     classes = data.spec.classes
-    provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
+    provenance = {"version": library_version(), "method": config.method, "config": redacted(config.to_json())}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
@@ -211,7 +211,7 @@ def _trainer(
         return pl.Trainer(
             **arguments,
             callbacks=callbacks,
-            logger=_loggers(config, run_dir),
+            logger=loggers(config, run_dir),
             plugins=plugins,
             use_distributed_sampler=False,
             default_root_dir=run_dir,
@@ -229,33 +229,6 @@ def _ddp(timeout: float) -> DDPStrategy:
     silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     quiet: dict[str, Any] = {silent: False}
     return DDPStrategy(find_unused_parameters=False, timeout=timedelta(seconds=timeout), **quiet)
-
-
-def _loggers(config: Experiment, run_dir: Path) -> list[Logger]:
-    names = [*config.loggers, *(["wandb"] if config.wandb.enabled else [])]
-    return [_logger(name, config, run_dir) for name in names]
-
-
-def _logger(name: str, config: Experiment, run_dir: Path) -> Logger:
-    """A Lightning logger by its short name, writing below the run's directory where it can."""
-    if name == "csv":  # each start writes a version of its own: Lightning's logger deletes what it finds
-        return pl.loggers.CSVLogger(run_dir, name="csv")
-    if name == "tensorboard":
-        return pl.loggers.TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
-    package = {"comet": "comet_ml"}.get(name, name)
-    if find_spec(package) is None:
-        who, what = ("wandb.enabled=true", "'solo-ssl[wandb]'") if name == "wandb" else (f"loggers: {name}", package)
-        raise EnvironmentFault(f"{who} needs the package {package}: pip install {what}")
-    if name == "wandb":
-        return pl.loggers.WandbLogger(
-            name=config.title,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            offline=config.wandb.offline,
-            save_dir=run_dir,
-        )
-    loggers: dict[str, type[Logger]] = {"mlflow": pl.loggers.MLFlowLogger, "comet": pl.loggers.CometLogger}
-    return loggers[name]()
 
 
 def main(values: dict[str, Any]) -> None:

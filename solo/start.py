@@ -74,12 +74,12 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
     content = checkpoint.read(path)
-    provenance = json.loads(content["solo"])
+    provenance = checkpoint.provenance(content, path)
     if provenance["method"] != config.method:
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
-    complete = _complete(content, trainer)
+    complete = _complete(content, trainer, path)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
     say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "
@@ -111,8 +111,11 @@ def _step(path: Path) -> int:
     return int(checkpoint.read(path)["global_step"])
 
 
-def _complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
-    done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+def _complete(content: dict[str, Any], trainer: pl.Trainer, path: Path) -> bool:
+    try:
+        done = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} holds weights but no state of a training run to continue") from error
     return done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0
 
 

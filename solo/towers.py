@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from solo import checkpoint
 from solo.errors import ConfigError, EnvironmentFault
+from solo.reading import read_tensors
 from solo.registry import suggestion
 
 
@@ -68,7 +69,7 @@ class Tower(nn.Module):
         self.config = config
         parts = _LIBRARIES[config.library](config)
         if config.weights is not None:
-            state = checkpoint.read_tensors(config.weights)
+            state = read_tensors(config.weights)
             if problem := checkpoint.misfit(parts.model.state_dict(), state):
                 raise ConfigError(f"{config.weights} does not fit the teacher {config.name}: {problem}")
             parts.model.load_state_dict(state)

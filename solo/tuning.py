@@ -34,6 +34,7 @@ from solo.data.module import DataModule
 from solo.errors import ConfigError, EnvironmentFault, Interrupted, NumericsError, hearing
 from solo.experiment import Experiment
 from solo.methods import Method
+from solo.reading import read_json
 
 _FIRST_BATCH, MAX_BATCH = 2, 8192
 _TRIAL_STEPS = 3
@@ -98,9 +99,9 @@ def _record(config: Experiment, wanted: list[str]) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return {key: found[key] for key in ("batch_size", "lr") if key in found}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it to search again") from error
 
 

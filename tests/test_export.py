@@ -48,7 +48,7 @@ def test_our_checkpoint_says_what_it_holds(tmp_path, weights):
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(b"\xff\x00\xff")
-    with pytest.raises(ConfigError, match="damaged|cannot be read"):
+    with pytest.raises(ConfigError, match="checksum"):
         export.load_backbone(path)
 
 
@@ -105,7 +105,7 @@ def test_nothing_in_a_file_is_run(tmp_path, weights, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"GIF89a not a checkpoint", b"PK\x03\x04 cut off"])
 def test_files_of_something_else(tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(ConfigError, match="cannot be read as a checkpoint") as caught:
+    with pytest.raises(ConfigError, match="cannot be loaded as tensors and plain values") as caught:
         export.load_backbone(tmp_path / "x.ckpt")
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(ConfigError, match="does not exist"):

@@ -48,6 +48,7 @@ def test_what_solo_imports_is_what_it_asks_for():
     distribution = {
         "hydra": "hydra-core",
         "PIL": "pillow",
+        "yaml": "pyyaml",
         "positional_encodings": "positional-encodings",
         "sklearn": "scikit-learn",
         "pytorch_lightning": "pytorch-lightning",

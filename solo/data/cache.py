@@ -2,6 +2,8 @@
 
 import json
 import os
+import stat
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.progress import track
 from solo.console import log, say
 from solo.data.decoding import BadImage
 from solo.data.sources import Source
+from solo.reading import read_json
 
 WORTH = 2048  # images; fewer are decoded faster than one would notice
 
@@ -43,7 +46,10 @@ def decoded(source: Source, shape: tuple[int, ...], folder: Path | None = None) 
         return decode_all(source, shape)
     try:
         folder = folder or default_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts, own = folder.stat(), os.getuid()
+        if facts.st_mode & stat.S_IWOTH or own not in (0, facts.st_uid):
+            raise PermissionError(f"others may write to {folder}")
         lock = FileLock(folder / f"{fingerprint}.lock")
         lock.acquire()
     except (OSError, RuntimeError) as error:  # no home, no folder, no locks on this file system
@@ -84,14 +90,14 @@ def decode_all(source: Source, shape: tuple[int, ...]) -> Decoded | None:
 def _open(stem: Path, shape: tuple[int, ...]) -> Decoded | None:
     """What `_keep` wrote, or ``None`` if it is not there or not whole."""
     try:
-        facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        images = np.load(stem.with_suffix(".npy"), mmap_mode="c")  # pages are private once written to
+        facts = read_json(stem.with_suffix(".json"))
+        images = np.load(stem.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)  # pages are private once written to
         if images.shape == shape and images.dtype == np.uint8 and zlib.crc32(images.data) == facts["crc32"]:
-            return Decoded(images, {int(i): reason for i, reason in facts["unreadable"].items()})
+            return Decoded(images, {int(i): str(reason) for i, reason in facts["unreadable"].items()})
         log.warning("%s.npy is damaged and is made anew", stem)
     except FileNotFoundError:
         pass
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, OverflowError, MemoryError) as error:
         log.warning("%s.npy is damaged and is made anew (%s)", stem, error)
     return None
 
@@ -100,14 +106,16 @@ def _keep(stem: Path, content: Decoded) -> Decoded:
     """Write the pixels, then the facts that vouch for them; the same content, mapped, or as it was if that failed."""
     facts = {"crc32": zlib.crc32(content.images.data), "unreadable": content.unreadable}
     parts = {".npy": lambda file: np.save(file, content.images), ".json": lambda file: file.write(json.dumps(facts).encode())}
-    scratch = stem.with_suffix(".part")
+    scratch = None
     try:
         for suffix, write in parts.items():
-            with scratch.open("wb") as file:
+            handle, scratch = tempfile.mkstemp(dir=stem.parent, suffix=".part")   # nobody can have linked this name elsewhere
+            with os.fdopen(handle, "wb") as file:
                 write(file)
             os.replace(scratch, stem.with_suffix(suffix))
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)
         log.warning("decoded images are not kept: %s", error)
         return content
     return _open(stem, content.images.shape) or content

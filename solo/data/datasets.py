@@ -1,10 +1,10 @@
 """One row per dataset: classes, size, statistics, and how it is opened."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torchvision.datasets
@@ -25,6 +25,7 @@ from solo.data.sources import (
 )
 from solo.data.tar import TarSource
 from solo.errors import ConfigError
+from solo.reading import read_arrays
 from solo.registry import Registry
 
 Opener = Callable[[DataConfig, bool], Source | None]
@@ -181,12 +182,17 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
     if not path.is_file():
         raise ConfigError(f"{key}={path} is not a file; data.dataset=npz reads one .npz file of encoded images")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            data, offsets, labels, split, names = (file[name] for name in ("jpeg", "offsets", "labels", "split", "classes"))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        data, offsets, labels, split, names = read_arrays(path, ("jpeg", "offsets", "labels", "split", "classes"))
+        kinds = "".join(array.dtype.kind for array in (offsets, labels, split, names))
+        flat = all(array.ndim == 1 for array in (data, offsets, labels, split, names))
+        if data.dtype != np.uint8 or not re.fullmatch("[iu]{3}U", kinds) or not flat:
+            raise ValueError("one is of another type")
+    except (OSError, ValueError) as error:
         wanted = "it must hold plain arrays jpeg, offsets, labels, split and classes"
         raise ConfigError(f"{key}={path} cannot be read as a dataset: {wanted} ({str(error).splitlines()[0]})") from error
-    if len(offsets) != len(labels) + 1 or len(split) != len(labels) or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+    offsets = offsets.astype(np.int64)          # differences of unsigned numbers are never negative
+    same = len(offsets) == len(labels) + 1 == len(split) + 1
+    if not same or offsets[0] < 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
         raise ConfigError(f"{key}={path} is damaged: offsets, labels and split do not describe the same images")
     rows = np.flatnonzero(split == part)
     if not len(rows):

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from solo.errors import EnvironmentFault
 
 MAX_PIXELS = 80_000_000
+# Only these of Pillow's formats, whatever a file is called: its EPS, for one, starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
 _WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
@@ -54,7 +56,7 @@ def decode(content: bytes, in_chans: int) -> np.ndarray:
         BadImage: the bytes are no complete image, or declare more than `MAX_PIXELS`.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             upright = image.getexif().get(_ORIENTATION, 1) == 1

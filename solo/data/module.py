@@ -83,6 +83,9 @@ class DataModule(pl.LightningDataModule):
     @property
     def engine(self) -> str:
         """Name of the engine in use; the first call loads small images into memory."""
+        return self._settled()
+
+    def _settled(self) -> str:
         if self._engine_name is None:
             if self.config.engine != "torchvision":
                 cache = None if self.config.cache_dir is None else Path(self.config.cache_dir)
@@ -95,7 +98,7 @@ class DataModule(pl.LightningDataModule):
     @property
     def job(self) -> Job:
         """What the engine is told."""
-        assert self.engine  # has the images read
+        self._settled()
         return Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
 
     def train_dataloader(self) -> TrainLoader:

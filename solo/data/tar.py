@@ -74,7 +74,11 @@ class TarSource:
         found: dict[str, tuple[str, int, int]] = {}
         try:
             with tarfile.open(self.path, "r:") as archive:
+                last = -1
                 for member in archive:
+                    if member.offset <= last or member.size < 0:        # a negative size would lead back, for ever
+                        raise tarfile.ReadError(f"member {member.name!r} has no possible size")
+                    last = member.offset
                     inside = PurePosixPath(member.name).is_relative_to(part)
                     if member.isdir() or not inside:
                         continue
@@ -88,7 +92,7 @@ class TarSource:
                         self.ignored[f"members above {MAX_MEMBER >> 20} MiB"] += 1
                     else:
                         found[member.name] = (member.name, member.offset_data, member.size)
-        except tarfile.ReadError as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
             if not found:
                 raise ConfigError(f"{key}={self.path} is no uncompressed tar file ({error})") from error
             say(f"{self.path}: the archive is damaged after {len(found)} images ({error})")

@@ -6,6 +6,7 @@ from typing import Any
 
 from solo.config import bind
 from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import View
 from solo.errors import ConfigError
@@ -19,6 +20,9 @@ def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
         ConfigError: neither names a dataset.
     """
     own = source.experiment.get("data", {})
+    named = own.get("dataset") if isinstance(own, dict) else None
+    if "dataset" not in overrides and named is not None and named not in DATASETS:
+        raise ConfigError(f"{source.path} names a plugin, {named!r} for images: data.dataset={named} says that you trust it")
     if "dataset" not in overrides and not own:
         raise ConfigError(f"data.dataset is missing: {source.path} does not say which images to evaluate on")
     default = DataConfig().dataset

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from solo.checkpoint import write_file
 from solo.errors import EnvironmentFault
+from solo.reading import read_json
+from solo.redaction import redacted
 
 
 def run_directory(checkpoint: Path) -> Path:
@@ -46,10 +48,11 @@ def record(directory: Path, section: str, content: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.json"
     try:
-        results = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        results = read_json(path)
+    except (FileNotFoundError, ValueError):
         results = {}
-    write_file(path, json.dumps({**results, section: content}, indent=2).encode())
+    results = results if isinstance(results, dict) else {}
+    write_file(path, json.dumps({**results, section: redacted(content)}, indent=2).encode())
     return path
 
 

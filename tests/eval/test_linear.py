@@ -230,7 +230,7 @@ def test_wrong_requests(tmp_path, change, message):
 @pytest.mark.parametrize("argument, message", [
     ("checkpoint=nowhere.ckpt", "config error: checkpoint=nowhere.ckpt does not exist"),
     ("seed=5", "config error: missing key checkpoint"),
-    (f"checkpoint={__file__}", "cannot be read as a checkpoint"),
+    (f"checkpoint={__file__}", "cannot be loaded as tensors and plain values"),
 ])
 def test_commands_end_with_one_line_and_code_2(monkeypatch, capfd, tmp_path, script, argument, message):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,109 @@
+"""Where a run's metrics go: Lightning's loggers by short names. None of them can end a run."""
+
+import logging
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+
+from solo.errors import EnvironmentFault
+from solo.experiment import Experiment
+
+log = logging.getLogger(__name__)
+
+AGAIN = 300.0       # seconds between two warnings of one logger
+
+
+def loggers(config: Experiment, run_dir: Path) -> list[Logger]:
+    """A run's loggers, writing below its directory where they can.
+
+    Raises:
+        EnvironmentFault: a package is missing.
+    """
+    names = [*config.loggers, *(["wandb"] if config.wandb.enabled else [])]
+    return [Spared(name, _maker(name, config, run_dir)) for name in names]
+
+
+def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]:
+    if name == "csv":  # each start writes a version of its own: Lightning's logger deletes what it finds
+        return lambda: pl.loggers.CSVLogger(run_dir, name="csv")
+    if name == "tensorboard":
+        return lambda: pl.loggers.TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
+    package = {"comet": "comet_ml"}.get(name, name)
+    if find_spec(package) is None:
+        who, what = ("wandb.enabled=true", "'solo-ssl[wandb]'") if name == "wandb" else (f"loggers: {name}", package)
+        raise EnvironmentFault(f"{who} needs the package {package}: pip install {what}")
+    if name == "wandb":         # neither code nor its changes leave this machine, and no config does
+        return lambda: pl.loggers.WandbLogger(
+            name=config.title,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            offline=config.wandb.offline,
+            save_dir=run_dir,
+            save_code=False,
+            settings={"disable_code": True, "disable_git": True, "init_timeout": 30},
+        )
+    kinds: dict[str, type[Logger]] = {"mlflow": pl.loggers.MLFlowLogger, "comet": pl.loggers.CometLogger}
+    return kinds[name]
+
+
+class Spared(Logger):
+    """A logger whose failures cost lines of a log and never the run: a server that is down, a disk that is full.
+
+    Args:
+        title: how warnings call it.
+        make: makes the logger; tried again at each report until it works.
+    """
+
+    def __init__(self, title: str, make: Callable[[], Logger]) -> None:
+        super().__init__()
+        self._title, self._make = title, make
+        self._made: Logger | None = None
+        self._lost, self._said = 0, -AGAIN
+        self._try(lambda made: None)
+
+    def _try(self, act: Callable[[Logger], Any]) -> Any:
+        try:
+            if self._made is None:
+                self._made = self._make()
+            return act(self._made)
+        except Exception as error:      # each server and file system has its own
+            self._lost += 1
+            if time.monotonic() - self._said >= AGAIN:
+                self._said = time.monotonic()
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
+            return None
+
+    @property
+    def name(self) -> str | None:
+        return self._try(lambda made: made.name)
+
+    @property
+    def version(self) -> int | str | None:
+        return self._try(lambda made: made.version)
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._try(lambda made: made.save_dir)
+
+    @property
+    def experiment(self) -> Any:
+        """The wrapped logger's own, e.g. a SummaryWriter; None where it fails."""
+        return self._try(lambda made: getattr(made, "experiment", None))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._try(lambda made: made.log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._try(lambda made: made.log_hyperparams(params, *args, **kwargs))
+
+    def save(self) -> None:
+        self._try(lambda made: made.save())
+
+    def finalize(self, status: str) -> None:
+        self._try(lambda made: made.finalize(status))

@@ -1,0 +1,36 @@
+"""Keeps secrets of a config out of what a run writes: ``config.json``, ``results.json``, checkpoints, notes."""
+
+import re
+from typing import Any
+
+HIDDEN = "(hidden)"
+_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
+_SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
+_from_environment: dict[str, str] = {}  # value -> how the config names it
+
+
+def remember(value: str, variable: str) -> None:
+    """This text came out of an environment variable: records shall name the variable."""
+    if value:
+        _from_environment[value] = "${oc.env:" + variable + "}"
+
+
+def redacted(content: Any) -> Any:
+    """Plain values without secrets: a text under a key that is called like one is hidden, and a text out of the environment
+    becomes the ``${oc.env:...}`` it was written as."""
+    if isinstance(content, dict):
+        return {key: HIDDEN if _hides(key, value) else redacted(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [redacted(value) for value in content]
+    return _renamed(content) if isinstance(content, str) else content
+
+
+def _hides(key: Any, value: Any) -> bool:
+    return isinstance(value, str) and value != "" and _SECRET.search(str(key)) is not None
+
+
+def _renamed(text: str) -> str:
+    for value in sorted(_from_environment, key=len, reverse=True):
+        if text == value or len(value) >= _SHORT:
+            text = text.replace(value, _from_environment[value])
+    return text
