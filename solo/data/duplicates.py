@@ -18,7 +18,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 def contrast(thumbnails: np.ndarray) -> np.ndarray:
     """Standard deviation of each of [N, ROWS, COLUMNS] uint8 thumbnails: [N], in grey levels."""
-    return thumbnails.reshape(len(thumbnails), -1).std(axis=1, dtype=np.float32)
+    return thumbnails.reshape(len(thumbnails), ROWS * COLUMNS).std(axis=1, dtype=np.float32)
 
 
 def equal_groups(digests: np.ndarray) -> list[np.ndarray]:
@@ -91,7 +91,7 @@ def _correlation(thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray, 
     found = np.empty(len(first), dtype=np.float32)
     for begin in range(0, len(first), at_once):
         part = slice(begin, begin + at_once)
-        a, b = (thumbnails[side[part]].reshape(len(side[part]), -1).astype(np.float32) for side in (first, second))
+        a, b = (thumbnails[side[part]].reshape(-1, ROWS * COLUMNS).astype(np.float32) for side in (first, second))
         a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
         found[part] = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return found
