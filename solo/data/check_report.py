@@ -20,6 +20,7 @@ from solo.data.sources import Source
 
 _INK, _GRID, _COLORS = "#333333", "#e4e4e4", ("#1f6fb4", "#e07b1a")
 _SHOWN, _TILE = 15, 96  # examples in the picture; side of an image there, in pixels
+_CHARS = 32  # of a name in the picture
 _FEW = 40  # classes that get a name each
 
 
@@ -112,7 +113,8 @@ def show(dataset: str, parts: list[Part], found: list[Finding]) -> None:
     table.add_column("the first", overflow="fold")
     for finding in found:
         first = finding.groups[0]
-        words = [*(_name(parts, place) for place in first.places[:3]), *filter(None, [first.why])]
+        examples = [f"{parts[place.part].name} {_name(parts, place)}" for place in _apart(first.places)]
+        words = [*examples, *filter(None, [first.why])]
         counts = [f"{finding.images(number):,}" for number in range(len(parts))]
         table.add_row(f"{finding.kind}: {finding.meaning}", f"{len(finding.groups):,}", *counts, escape("\n".join(words)))
     console.print(table)
@@ -132,6 +134,12 @@ def _column(facts: dict[str, Any]) -> dict[str, str]:
     for name in ("mean", "std"):
         column[name] = " ".join(f"{value:.4f}" for value in facts[name])
     return column
+
+
+def _apart(places: list[Place]) -> list[Place]:
+    """Two of them at most, of both parts if there are two."""
+    others = [place for place in places if place.part != places[0].part] if places else []
+    return [*places[:1], *(others or places[1:])[:1]]
 
 
 def _name(parts: list[Part], place: Place) -> str:
@@ -169,19 +177,20 @@ def _classes(axes: Axes, parts: list[Part]) -> None:
     if 0 < len(names) <= _FEW:
         axes.set_xticks(range(len(names)), [name[:16] for name in names], rotation=30 if len(names) < 15 else 90, ha="right")
     if names:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _sizes(axes: Axes, parts: list[Part]) -> None:
     sizes = [np.stack([part.scan.width, part.scan.height], axis=1) for part in parts]
     kinds = [np.unique(size, axis=0, return_counts=True) for size in sizes]
-    _plain(axes, f"Sizes in pixels: {len(np.unique(np.concatenate(sizes), axis=0)):,} different ones")
-    for part, color, (size, count) in zip(parts, _COLORS, kinds, strict=False):
-        axes.scatter(size[:, 0], size[:, 1], s=12 + 8 * np.sqrt(count), color=color, alpha=0.5, linewidths=0, label=part.name)
+    count = len(np.unique(np.concatenate(sizes), axis=0))
+    _plain(axes, f"{count:,} sizes, in pixels" if count != 1 else "One size, in pixels")
+    for part, color, (size, often) in zip(parts, _COLORS, kinds, strict=False):
+        axes.scatter(size[:, 0], size[:, 1], s=16 + 16 * np.log2(often), color=color, alpha=0.5, linewidths=0, label=part.name)
     axes.set(xlabel="width", ylabel="height")
     if len(np.concatenate(sizes)):
         axes.set(xscale="log", yscale="log")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _examples(figure: Any, parts: list[Part], found: list[Finding]) -> None:
@@ -193,9 +202,11 @@ def _examples(figure: Any, parts: list[Part], found: list[Finding]) -> None:
     if not shown:
         grid[0, 1].set_title("Nothing to show: no image is in trouble", color=_INK)
     for axes, (finding, group) in zip(grid.flat, shown, strict=False):
-        axes.imshow(np.concatenate([_tile(parts, place) for place in group.places[:2]], axis=1))
-        names = "\n".join(f"{parts[place.part].name} …{_name(parts, place)[-32:]}" for place in group.places[:2])
-        axes.set_title(f"{finding.kind}\n{names}", fontsize=7, color=_INK, loc="left", parse_math=False)
+        places = _apart(group.places)
+        axes.imshow(np.concatenate([_tile(parts, place) for place in places], axis=1))
+        names = [(parts[place.part].name, _name(parts, place)) for place in places]
+        lines = [f"{part} {name if len(name) <= _CHARS else '…' + name[-_CHARS:]}" for part, name in names]
+        axes.set_title("\n".join([finding.kind, *lines]), fontsize=7, color=_INK, loc="left", parse_math=False)
 
 
 def _tile(parts: list[Part], place: Place) -> np.ndarray:
