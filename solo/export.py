@@ -14,6 +14,7 @@ from solo import backbones, checkpoint
 from solo.backbones import BackboneConfig
 from solo.config import bind
 from solo.errors import ConfigError
+from solo.files import write_file
 
 _INFERRED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -82,7 +83,7 @@ def save_backbone(backbone: nn.Module, path: str | Path) -> None:
     """Write the backbone's plain state dict, readable by ``torch.load(path, weights_only=True)`` anywhere."""
     buffer = io.BytesIO()
     torch.save(backbone.state_dict(), buffer)
-    checkpoint.write_file(Path(path), buffer.getvalue())
+    write_file(Path(path), buffer.getvalue())
 
 
 class _Inert:

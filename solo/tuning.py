@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
-from solo.checkpoint import write_file
 from solo.console import log, say
 from solo.data.loaders import TrainLoader
 from solo.data.module import DataModule
 from solo.errors import ConfigError, EnvironmentFault, Interrupted, NumericsError
 from solo.experiment import Experiment
+from solo.files import write_file
 from solo.methods import Method
 
 _FIRST_BATCH, MAX_BATCH = 2, 8192

@@ -15,7 +15,9 @@ SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
-BASE = {"errors", "registry", "console", "batch", "config", "names", "devices", "dist", "precision", "ranges", "schedules"}
+BASE = {"errors", "registry", "console", "batch", "config", "names", "devices", "dist", "precision", "ranges", "schedules"} | {
+    "files", "lease"
+}
 PARTS = BASE | {"kernels", "losses", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {

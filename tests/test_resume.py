@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere and continued ends with the same bits as one that is not."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
+from solo.errors import EnvironmentFault
 from solo.experiment import experiment
 from solo.run import pretrain
 from tests.tiny import values
@@ -140,6 +142,58 @@ def test_no_valid_checkpoint_is_never_from_scratch(tmp_path, traced):
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(checkpoint.ConfigError, match="no valid checkpoint is left"):
         traced(content)
+
+
+def test_a_lost_manifest_is_never_from_scratch(tmp_path, traced, caplog):
+    content = values("nnclr", tmp_path, max_epochs=2)
+    traced(content)
+    folder = experiment(content).run_dir(8) / "checkpoints"
+    (folder / checkpoint.MANIFEST).unlink()
+    _, rest = traced({**content, "max_steps": 20, "max_epochs": 3, "resume": str(folder.parent)})
+    assert sorted(rest) == [17, 18, 19, 20]
+    (folder / "step-000000016.ckpt").write_bytes(b"x")
+    _, rest = traced(content)
+    assert sorted(rest) == list(range(9, 17)) and (folder / "step-000000016.ckpt.corrupt").read_bytes() == b"x"
+
+
+class Full(pl.Callback):
+    """The disk is full from one step to another."""
+
+    def __init__(self, monkeypatch, first, last):
+        self.monkeypatch, self.full = monkeypatch, range(first, last + 1)
+
+    def on_train_batch_end(self, trainer, *_):
+        def full(content, path, keep=False, save=checkpoint.save):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        self.monkeypatch.undo()
+        if trainer.global_step in self.full:
+            self.monkeypatch.setattr(checkpoint, "save", full)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, traced, monkeypatch, caplog):
+    """Saves fail after steps 3 and 4 and are tried again."""
+    whole, _ = traced(values("nnclr", tmp_path / "whole", max_epochs=1))
+    content = values("nnclr", tmp_path, max_epochs=1, checkpoint={"minutes": 0})
+    result = pretrain(experiment(content), extra_callbacks=[Full(monkeypatch, 3, 4)])
+    assert_same(state(checkpoint.read(result.checkpoint)), state(whole))
+    warned = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert ["(1 of 3)" in warned[0], "(2 of 3)" in warned[1], len(warned)] == [True, True, 2]
+
+
+@pytest.mark.parametrize(("first", "last", "kept"), [(3, 8, 2), (8, 8, 7)])
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint(tmp_path, traced, monkeypatch, first, last, kept):
+    """After three saves in a row; at once where no other save would follow."""
+    content = values("nnclr", tmp_path, max_epochs=1, checkpoint={"minutes": 0})
+    with pytest.raises(EnvironmentFault) as caught:
+        pretrain(experiment(content), extra_callbacks=[Full(monkeypatch, first, last)])
+    (line,) = str(caught.value).splitlines()
+    assert "No space left on device" in line and "MB are free" in line and line.endswith("the last checkpoint stays")
+    monkeypatch.undo()
+    latest = checkpoint.newest(experiment(content).run_dir(8) / "checkpoints")
+    assert latest.name == f"step-{kept:09d}.ckpt"
+    _, rest = traced(content)
+    assert sorted(rest) == list(range(kept + 1, 9))
 
 
 def test_checkpoint_of_another_method_is_refused(tmp_path, traced):

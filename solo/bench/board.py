@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from solo.checkpoint import write_file
+from solo.files import write_file
 
 # Least ratio to the peer ("x"), or the most of the row's unit, by the row's id and words of what it measures.
 GOALS: tuple[tuple[str, str, str, float], ...] = (

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from solo.checkpoint import write_file
+from solo.files import write_file
 
 _INK, _GRID = "#333333", "#e4e4e4"
 _COLORS = ("#1f6fb4", "#e07b1a", "#3a9a4b", "#a04ab0")
