@@ -49,11 +49,15 @@ def broken(folder: Path, damaged: set[str]) -> Iterator[str]:
     link = folder.parent / "last.ckpt"
     if link.is_symlink() and not link.exists():
         yield "last.ckpt points to nothing"
-    if named and not damaged:
-        content = checkpoint.read(folder / list(named)[-1])
+    newest = folder / list(named)[-1] if named else folder
+    if newest.is_file() and not damaged:
+        if problem := _unreadable(newest):
+            yield problem
+            return
+        content = checkpoint.read_tensors(newest)
         tensors = [*content["state_dict"].values(), *_tensors(content["optimizer_states"])]
         if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
-            yield f"{list(named)[-1]} holds numbers that are not finite"
+            yield f"{newest.name} holds numbers that are not finite"
 
 
 def _unreadable(path: Path) -> str:

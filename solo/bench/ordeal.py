@@ -139,8 +139,9 @@ class Ordeal:
     def _left(self, before: list[int], trained: bool) -> Iterator[str]:
         """What is wrong with what a process left."""
         now = valid_steps(self.saved)
-        if max(now, default=0) > max(before, default=0) and len(now) < min(2, len(before) + 1):
-            yield f"too few: of the checkpoints {before} and a new one, {now} are valid"
+        saves = max(now, default=0) - max(before, default=0)
+        if saves > 0 and len(now) < min(2, len(before) + saves):
+            yield f"too few: of the checkpoints {before} and {saves} new ones, {now} are valid"
         yield from (f"unreadable: {problem}" for problem in broken(self.saved, self.damaged))
         if trained and (lost := [name for name in self.damaged if not (self.saved / f"{name}.corrupt").exists()]):
             yield f"unreadable: {lost[0]} was damaged, and is not kept as {lost[0]}.corrupt"
@@ -151,7 +152,11 @@ class Ordeal:
         assert self.truth is not None
         if self.losses.keys() != self.truth.losses.keys():
             yield f"order: finished after the steps {sorted(self.losses)}"
-        found = checkpoint.read(self.run_dir / "last.ckpt")
+        try:
+            found = checkpoint.read(self.run_dir / "last.ckpt")
+        except SoloError as error:
+            yield f"unreadable: {error}"
+            return
         for part in STATE:
             if where := difference(found.get(part), self.truth.final.get(part), part):
                 yield f"different: {where} at the end"
