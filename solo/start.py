@@ -16,7 +16,7 @@ from solo.console import say
 from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment
-from solo.files import sweep
+from solo.files import sweep, write_link
 from solo.lease import owning
 from solo.methods import Method
 
@@ -112,6 +112,9 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
     sweep(run_dir)
     checkpoint.repair(run_dir / "checkpoints")
     own = checkpoint.newest(run_dir / "checkpoints")
+    link = run_dir / "last.ckpt"
+    if own is not None and link.resolve() != own.resolve():     # a save was interrupted before its last move
+        write_link(link, own.relative_to(run_dir))
     if config.resume in ("auto", "never"):
         return own
     given = checkpoint.resolve(config.resume, "resume")

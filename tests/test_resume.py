@@ -2,6 +2,7 @@
 
 import errno
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from solo import checkpoint
 from solo.errors import EnvironmentFault
 from solo.experiment import experiment
+from solo.methods import METHODS
 from solo.run import pretrain
 from tests.tiny import values
 
@@ -63,19 +65,46 @@ def state(content):
     return {key: content[key] for key in ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")}
 
 
+class Enough(Exception):
+    """Ends a run that has shown what it should."""
+
+
+class FewSteps(EveryStep):
+    """Ends the run some steps after its beginning, with a checkpoint."""
+
+    def __init__(self, folder, steps):
+        super().__init__(folder)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *rest):
+        super().on_train_batch_end(trainer, *rest)
+        if len(self.losses) == self.steps:
+            raise Enough
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("method", ["nnclr", "all4one"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
+    """Two steps from each one's checkpoint lead to the bits of the checkpoint two steps later, and so to all that follow."""
     data = {"num_workers": workers, "engine": "torchvision" if workers else "auto"}
     saved = tmp_path / "saved"
     saved.mkdir()
     final, losses = traced(values(method, tmp_path / "whole", data=data), saved)
     assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) == STEPS
     for step in range(1, STEPS):
-        resumed, rest = traced(values(method, tmp_path / f"from{step}", data=data, resume=str(saved / f"{step}.ckpt")))
-        assert rest == {number: loss for number, loss in losses.items() if number > step}, f"resumed after step {step}"
-        assert_same(state(resumed), state(final), f"resumed after step {step}: ")
+        there = tmp_path / f"from{step}"
+        there.mkdir()
+        watcher = FewSteps(there, 2)
+        with suppress(Enough):
+            pretrain(experiment(values(method, there, data=data, resume=str(saved / f"{step}.ckpt"))), [watcher])
+        end = min(step + 2, STEPS)
+        assert watcher.losses == {number: losses[number] for number in range(step + 1, end + 1)}, f"resumed after step {step}"
+        found, expected = (state(checkpoint.read(folder / f"{end}.ckpt")) for folder in (there, saved))
+        assert_same(found, expected, f"resumed after step {step}: ")
+    resumed, rest = traced(values(method, tmp_path / "rest", data=data, resume=str(saved / "11.ckpt")))
+    assert rest == {number: loss for number, loss in losses.items() if number > 11}
+    assert_same(state(resumed), state(final))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
