@@ -35,6 +35,6 @@ def test_killed_ten_times_inside_one_epoch(tmp_path):
     content = plan(tmp_path, data={"train_size": 128}, max_epochs=1)
     run = Ordeal(content, tmp_path / "run", reference(content, tmp_path / "whole"))
     for _ in range(10):
-        assert not run.life(operation=17)
+        assert not run.life(operation=24)
     assert run.kills == 10 and run.steps >= 15 and run.problems == []
     assert run.life() and run.problems == []
