@@ -38,6 +38,7 @@ from solo.dist import part
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
+from solo.files import write_file
 from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
@@ -123,19 +124,20 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
     meet(trainer)
     start = begin(config, run_dir, method, trainer)
-    if start.path is not None and start.complete:
-        say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
-        method.load_state_dict(checkpoint.read(start.path)["state_dict"])
-    else:
-        _write_config(config, run_dir)
-        _fit(trainer, method, data, start.path, config.step_timeout)
-    if data.bad.count:
-        say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
-    last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
-    if trainer.world_size > 1:
-        part()                              # the report is rank 0's alone
-    if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
-        report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
+    with start.lease:
+        if start.path is not None and start.complete:
+            say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
+            method.load_state_dict(checkpoint.read(start.path)["state_dict"])
+        else:
+            _write_config(config, run_dir)
+            _fit(trainer, method, data, start.path, config.step_timeout)
+        if data.bad.count:
+            say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
+        last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
+        if trainer.world_size > 1:
+            part()                              # the report is rank 0's alone
+        if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
+            report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
 
 
@@ -165,7 +167,7 @@ def _rank() -> int:
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
         try:
-            checkpoint.write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
+            write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
         except OSError as error:
             raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 

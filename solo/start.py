@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from solo.console import say
 from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment
+from solo.files import sweep, write_link
+from solo.lease import owning
 from solo.methods import Method
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
@@ -26,10 +30,12 @@ class Start:
     Attributes:
         path: the checkpoint to continue from, None for a new run.
         complete: nothing is left to train.
+        lease: what keeps other jobs out of the run's directory until it is closed.
     """
 
     path: Path | None
     complete: bool
+    lease: ExitStack = field(default_factory=ExitStack)
 
 
 def meet(trainer: pl.Trainer) -> None:
@@ -50,26 +56,32 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
 
     Raises:
         ConfigError: the checkpoint does not exist, is damaged, or belongs to something else.
-        EnvironmentFault: a rank cannot see the file.
+        EnvironmentFault: a rank cannot see the file, another job owns the directory, or there is no room in it.
     """
-    decided, error = "", SoloError("refused by rank 0")
+    decided, error, lease = "", SoloError("refused by rank 0"), ExitStack()
     if trainer.global_rank == 0:
         try:
+            lease.enter_context(owning(run_dir))
             decided = json.dumps(_decide(config, run_dir, method, trainer))
         except SoloError as refused:
             error = refused
+        except OSError as refused:
+            error = EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {refused.strerror}")
     decided = gather_text(decided, trainer.strategy.root_device)
     if not decided:
+        lease.close()
         end_together(error)
     path, size, complete = json.loads(decided)
     if path is not None:
         _wait_for(Path(path), size)
-    return Start(Path(path) if path else None, complete)
+    return Start(Path(path) if path else None, complete, lease)
 
 
 def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> tuple[str | None, int, bool]:
     """The checkpoint's path and size, and whether nothing is left to train."""
     path = _choose(config, run_dir)
+    if config.checkpoint.enabled:
+        _check_room(run_dir, method, path)
     if path is None:
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
@@ -97,7 +109,12 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
             run_dir.rename(old)
             say(f"resume=never: starting anew; the earlier run is now {old}")
         return None
+    sweep(run_dir)
+    checkpoint.repair(run_dir / "checkpoints")
     own = checkpoint.newest(run_dir / "checkpoints")
+    link = run_dir / "last.ckpt"
+    if own is not None and link.resolve() != own.resolve():     # a save was interrupted before its last move
+        write_link(link, own.relative_to(run_dir))
     if config.resume in ("auto", "never"):
         return own
     given = checkpoint.resolve(config.resume, "resume")
@@ -105,6 +122,20 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
         return given
     say(f"resume={config.resume}: this run has gone on from there")
     return own
+
+
+def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
+    """Two checkpoints must fit, one where the run has some already: a save ends before the oldest goes.
+
+    Raises:
+        EnvironmentFault: they do not.
+    """
+    tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
+    own = path is not None and path.resolve().is_relative_to(run_dir.resolve())
+    needed, free = size * (1 if own else 2), shutil.disk_usage(run_dir.parent).free
+    if free < needed:
+        raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 
 def _step(path: Path) -> int:

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "reading",
-    "redaction", "schedules", "config_files",
+    "redaction", "schedules", "config_files", "files", "lease",
 }
 PARTS = BASE | {"kernels", "losses", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
 # What each part of solo may import, besides itself; a part that is not here may import everything.

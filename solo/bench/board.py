@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from solo.checkpoint import write_file
+from solo.files import write_file
 
 # Least ratio to the peer ("x"), or the most of the row's unit, by the row's id and words of what it measures.
 GOALS: tuple[tuple[str, str, str, float], ...] = (
