@@ -26,6 +26,7 @@ from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
+from solo.callbacks.overflow import OverflowGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
 from solo.config import load
@@ -190,7 +191,7 @@ def _trainer(
         arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
-    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
+    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))

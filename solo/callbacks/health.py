@@ -16,7 +16,7 @@ from solo.batch import Batch
 from solo.callbacks.signs import WORDS, Motion, effective_rank, feature_std, jump, of_modules
 from solo.dist import all_reduce, end_together, rank, world_size
 from solo.errors import NumericsError
-from solo.nn import Queue, Teacher
+from solo.nn import Queue
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ class Health(FiniteGuard):
         losses = {name: value.detach().float().reshape(()) for name, value in outputs.items()
                   if name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1}
         losses["loss"] = losses["loss"] * trainer.accumulate_grad_batches
-        parts = {"backbone": pl_module.backbone} | {"teacher": part for part in pl_module.modules() if isinstance(part, Teacher)}
-        moved = {f"{name} moved": self._motion.moved(name, part) for name, part in parts.items()}
+        moved = self._motion.of(pl_module)
         values = [*self.step_scalars.values(), *moved.values(), *losses.values(), *self._losses]
         means = (all_reduce(torch.stack(values)) / world_size()).tolist()                           # the one host sync
         facts = dict(zip([*self.step_scalars, *moved], means, strict=False))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +78,20 @@ def of_modules(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Motion:
-    """Whether a module's weights move, from a few of each tensor."""
+    """Whether weights move, seen in a few of each tensor."""
 
     def __init__(self) -> None:
         self._before: dict[str, Tensor] = {}
 
-    def moved(self, name: str, module: Any) -> Tensor:
-        """1 where anything differs from the last call under this name, or there was none, else 0."""
+    def of(self, method: nn.Module) -> dict[str, Tensor]:
+        """``backbone moved`` and, with a `Teacher`, ``teacher moved``: 0 where nothing differs from the last call, else 1."""
+        moved = {"backbone moved": self._moved("backbone", method.get_submodule("backbone"))}
+        for part in method.modules():
+            if isinstance(part, Teacher):
+                moved["teacher moved"] = self._moved("teacher", part)
+        return moved
+
+    def _moved(self, name: str, module: nn.Module) -> Tensor:
         now = torch.cat([parameter.detach().flatten()[:64].float() for parameter in module.parameters()])
         before = self._before.get(name)
         self._before[name] = now
