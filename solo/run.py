@@ -1,22 +1,17 @@
 """An experiment from its config to its last checkpoint."""
 
-import inspect
 import json
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -43,7 +38,8 @@ from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
 from solo.peers import together
-from solo.start import begin, meet
+from solo.start import begin
+from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
 
 
@@ -122,7 +118,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
-    meet(trainer)
+    meet(trainer, config.step_timeout)
     start = begin(config, run_dir, method, trainer)
     if start.path is not None and start.complete:
         say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
@@ -153,7 +149,7 @@ def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | No
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
     except SoloError:
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        if isinstance(trainer.strategy.launcher, Launcher):
             trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
         raise
 
@@ -188,7 +184,7 @@ def _trainer(
         **given,
     }
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
-        arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
+        arguments["strategy"] = Strategy()
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
@@ -219,17 +215,6 @@ def _trainer(
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
-
-
-_MEETING = 300.0        # seconds that processes have to find each other
-
-
-def _ddp(timeout: float) -> DDPStrategy:
-    """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
-    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-    silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    quiet: dict[str, Any] = {silent: False}
-    return DDPStrategy(find_unused_parameters=False, timeout=timedelta(seconds=timeout), **quiet)
 
 
 def _loggers(config: Experiment, run_dir: Path) -> list[Logger]:

@@ -32,13 +32,6 @@ class Start:
     complete: bool
 
 
-def meet(trainer: pl.Trainer) -> None:
-    """Start the other processes now, not in ``fit``, so that they can agree before anything is read."""
-    launcher = trainer.strategy.launcher
-    if trainer.world_size > 1 and launcher is not None:
-        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
-
-
 def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> Start:
     """Rank 0's decision, the same on every rank. "From scratch" is one, never a fallback.
 
