@@ -38,7 +38,7 @@ from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
 from solo.peers import together
-from solo.start import begin
+from solo.start import alike, begin
 from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
 
@@ -119,6 +119,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
     meet(trainer, config.step_timeout)
+    alike(config, trainer.strategy.root_device)
     start = begin(config, run_dir, method, trainer)
     if start.path is not None and start.complete:
         say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
