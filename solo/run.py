@@ -18,6 +18,7 @@ from torch import nn
 
 from solo import backbones, checkpoint, optim
 from solo.callbacks.checkpoint import Checkpointer
+from solo.callbacks.failed import FailedStep
 from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
@@ -200,6 +201,7 @@ def _trainer(
         RunProgress(),
         SettledCounters(),
         AgreedCount(),
+        FailedStep(run_dir, config.method),
         Checkpointer(config.checkpoint, run_dir, provenance),
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
