@@ -126,9 +126,10 @@ def end_together(error: SoloError) -> NoReturn:
 
     Raises:
         SoloError: on rank 0.
+        SystemExit: on the others, with the error as its cause.
     """
     if rank() != 0:
-        raise SystemExit(0)
+        raise SystemExit(0) from error
     raise error
 
 

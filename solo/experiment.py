@@ -123,7 +123,7 @@ class Experiment:
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that change what is learned and differ from another config: (its value, this one's)."""
-        theirs, own = _flat(_learned(other)), _flat(_learned(redacted(self.to_json())))
+        theirs, own = flat(_learned(other)), flat(_learned(redacted(self.to_json())))
         return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
@@ -162,13 +162,14 @@ def _learned(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _flat(content: Any, path: str = "") -> dict[str, Any]:
+def flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
     if not isinstance(content, dict):
         return {path: content}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in content.items():
-        flat |= _flat(part, f"{path}.{name}" if path else name)
-    return flat
+        found |= flat(part, f"{path}.{name}" if path else name)
+    return found
 
 
 def experiment(values: dict[str, Any]) -> Experiment:

@@ -69,6 +69,9 @@ class Queue(StepModule):
         size: number of rows K.
         dim: width D.
         views: pushes that a batch makes.
+
+    Attributes:
+        lookup: the last search: rows [B, D] as they asked, and the nearest [B, D] to each.
     """
 
     keys: Tensor
@@ -83,6 +86,7 @@ class Queue(StepModule):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._shadow: tuple[Tensor, Tensor, int] | None = None      # of which keys, in which version
+        self.lookup: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def nearest(self, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -94,8 +98,11 @@ class Queue(StepModule):
         Returns:
             Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
         """
-        index = neighbours(unit(z).to(self.keys.dtype), self.keys, k, shadow=self._current_shadow())    # [B, k]
-        return self.keys[index], self.labels[index]
+        z = unit(z).to(self.keys.dtype)
+        index = neighbours(z, self.keys, k, shadow=self._current_shadow())                          # [B, k]
+        found = self.keys[index]                                                                    # [B, k, D]
+        self.lookup = z, found[:, 0]
+        return found, self.labels[index]
 
     def _current_shadow(self) -> Tensor | None:
         """[K, D] bfloat16; made anew where the keys were written by others than `land`, e.g. by a checkpoint."""
@@ -224,10 +231,18 @@ class Teacher(StepModule, nn.Sequential):
     def update(self, progress: float) -> float:
         """theta <- tau theta + (1 - tau) student, in place; returns tau."""
         tau = self.momentum.tau(progress)
-        students: list[Tensor] = [parameter for module in self._students for parameter in module.parameters()]
-        teachers: list[Tensor] = list(self.parameters())
-        torch._foreach_lerp_(teachers, students, 1 - tau)
+        torch._foreach_lerp_(list(self.parameters()), self._followed(), 1 - tau)
         return tau
+
+    @torch.no_grad()
+    def distance(self) -> Tensor:
+        """Length of the difference to the student's weights, relative to the length of those."""
+        student = self._followed()
+        away = torch._foreach_sub(list(self.parameters()), student)
+        return torch.nn.utils.get_total_norm(away) / torch.nn.utils.get_total_norm(student)
+
+    def _followed(self) -> list[Tensor]:
+        return [parameter for module in self._students for parameter in module.parameters()]
 
     def after_step(self, progress: float) -> dict[str, float]:
         return {"tau": self.update(progress)}

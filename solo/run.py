@@ -1,29 +1,26 @@
 """An experiment from its config to its last checkpoint."""
 
-import inspect
 import json
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from solo import backbones, checkpoint, optim
 from solo.callbacks.checkpoint import Checkpointer
+from solo.callbacks.failed import FailedStep
 from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
+from solo.callbacks.overflow import OverflowGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
 from solo.config import load
@@ -43,7 +40,8 @@ from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
 from solo.redaction import redacted
-from solo.start import begin, meet
+from solo.start import alike, begin
+from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
 
 
@@ -122,7 +120,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
-    meet(trainer)
+    meet(trainer, config.step_timeout)
+    alike(config, trainer.strategy.root_device)
     start = begin(config, run_dir, method, trainer)
     with start.lease:
         if start.path is not None and start.complete:
@@ -154,7 +153,7 @@ def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | No
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
     except SoloError:
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        if isinstance(trainer.strategy.launcher, Launcher):
             trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
         raise
 
@@ -189,10 +188,10 @@ def _trainer(
         **given,
     }
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
-        arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
+        arguments["strategy"] = Strategy()
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": redacted(config.to_json())}
-    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
+    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
@@ -204,6 +203,7 @@ def _trainer(
         RunProgress(),
         SettledCounters(),
         AgreedCount(),
+        FailedStep(run_dir, config.method),
         Checkpointer(config.checkpoint, run_dir, provenance),
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
@@ -222,15 +222,6 @@ def _trainer(
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
 
-_MEETING = 300.0        # seconds that processes have to find each other
-
-
-def _ddp(timeout: float) -> DDPStrategy:
-    """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
-    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-    silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    quiet: dict[str, Any] = {silent: False}
-    return DDPStrategy(find_unused_parameters=False, timeout=timedelta(seconds=timeout), **quiet)
 
 
 def main(values: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Where a run begins: anew, or at which checkpoint. Rank 0 decides, says so, and all follow."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from solo import checkpoint
 from solo.console import say
 from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
-from solo.experiment import Experiment
+from solo.experiment import Experiment, flat
 from solo.files import sweep, write_link
 from solo.lease import owning
 from solo.methods import Method
@@ -36,13 +38,6 @@ class Start:
     path: Path | None
     complete: bool
     lease: ExitStack = field(default_factory=ExitStack)
-
-
-def meet(trainer: pl.Trainer) -> None:
-    """Start the other processes now, not in ``fit``, so that they can agree before anything is read."""
-    launcher = trainer.strategy.launcher
-    if trainer.world_size > 1 and launcher is not None:
-        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
 
 
 def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> Start:
@@ -99,6 +94,39 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
     return str(path), path.stat().st_size, complete
+
+
+def alike(config: Experiment, device: torch.device | str = "cpu") -> None:
+    """Hold every rank's config, code and torch against rank 0's.
+
+    Args:
+        config: this process's.
+        device: see `gather_text`.
+
+    Raises:
+        ConfigError: on rank 0, naming what differs; the others leave.
+    """
+    facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
+    text = json.dumps(facts, default=str)
+    digests = gather_text(hashlib.sha256(text.encode()).hexdigest(), device)
+    if digests == digests[:64] * (len(digests) // 64):
+        return
+    everyone = [json.loads(line) for line in gather_text(text + "\n", device).splitlines()]
+    first, problems = everyone[0], []
+    for other, theirs in enumerate(everyone):
+        differ = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+        what = ", ".join(f"{key}={theirs.get(key)} (rank 0: {first.get(key)})" for key in differ[:5])
+        problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
+    end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
+
+
+def _code() -> str:
+    """Fingerprint of this library's source."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _choose(config: Experiment, run_dir: Path) -> Path | None:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "data": BASE,
     "export": PARTS,
     "eval": PARTS | {"data", "export"},
+    "strategy": BASE,
     "callbacks": PARTS | {"data", "eval", "export"},
     "compat": BASE,
     "launch": {"errors", "registry"},
