@@ -22,7 +22,7 @@ def parts(rows: Tensor) -> list[slice]:
 
 def scaled(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
     """Rows [N, D] as the keys' dtype has them, times ``scale``, in the dtype of sums."""
-    return rows.to(keys.dtype).to(accumulator(keys.dtype)) * scale
+    return rows.to(keys.dtype).to(accumulator(keys.dtype)) / (1 / scale)      # by the temperature: rounded as the positives are
 
 
 def similarities(
