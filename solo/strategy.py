@@ -21,7 +21,8 @@ from solo.peers import set_timeout
 
 MEETING = 60.0      # seconds that processes have to find each other
 AGREEING = 300.0    # seconds that they have to agree on where to begin, which one of them reads from a file system
-GRACE = 8.0         # seconds that the first process has to notice and to say that another one is gone
+GRACE = 8.0         # seconds that the first process has to notice and to say that another one was killed
+SPOKEN = 3.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
 
 
 class Strategy(DDPStrategy):
@@ -71,7 +72,7 @@ def _watch(children: list[subprocess.Popen[bytes]], done: threading.Event) -> No
             return
         if any(codes):
             break
-    if done.wait(GRACE):
+    if done.wait(GRACE if any(code and code < 0 for code in codes) else SPOKEN):
         return
     for child in children:
         child.kill()
