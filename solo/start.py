@@ -75,9 +75,9 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
 def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> tuple[str | None, int, bool]:
     """The checkpoint's path and size, and whether nothing is left to train."""
     path = _choose(config, run_dir)
-    if config.checkpoint.enabled:
-        _check_room(run_dir, method, path)
     if path is None:
+        if config.checkpoint.enabled:
+            _check_room(run_dir, method, path)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
     content = checkpoint.read(path)
@@ -87,6 +87,8 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
     complete = _complete(content, trainer, path)
+    if config.checkpoint.enabled and not complete:
+        _check_room(run_dir, method, path)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
     say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "

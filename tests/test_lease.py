@@ -101,4 +101,6 @@ def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
     result = pretrain(experiment(content))
     real = result.checkpoint.stat().st_size
     estimate = size + sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
+    assert pretrain(experiment(content)).checkpoint == result.checkpoint       # complete: nothing will be saved
     assert 0.9 * real < estimate <= real
