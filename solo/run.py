@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from solo import backbones, checkpoint, optim
+from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
@@ -93,6 +94,7 @@ def _method(config: Experiment, in_chans: int) -> Method:
     method = METHODS[config.method](backbone, config.method_kwargs)
     method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
     method.mean, method.std = statistics(config.data)
+    method.each = ViewBatching(config.view_batching)
     return method
 
 
