@@ -140,7 +140,7 @@ def test_one_collective_for_tensors_of_any_types():
 
 
 class Memory(pl.Callback):
-    """Live tensors, and the process's memory in KiB, every 500 steps once the allocator has settled."""
+    """Live tensors, and the process's memory in KiB, every 500 steps."""
 
     def __init__(self):
         self.tensors, self.resident = [], []
@@ -157,10 +157,10 @@ class Memory(pl.Callback):
 def test_nothing_grows_over_two_thousand_steps(tmp_path):
     memory = Memory()
     config = Case("nnclr").experiment(
-        tmp_path, max_epochs=5, data={"train_size": 4000}, limit_val_batches=0, log_every_n_steps=50, loggers=[],
+        tmp_path, max_epochs=6, data={"train_size": 4000}, limit_val_batches=0, log_every_n_steps=50, loggers=[],
     )
     method = Case("nnclr").build()
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     _trainer(config, settle(config.trainer)[0], tmp_path, data, method, 8, [memory]).fit(method, data)
-    assert len(memory.tensors) == 5 and memory.tensors[0] == memory.tensors[-1], memory.tensors
-    assert memory.resident[-1] - memory.resident[0] < 1024, memory.resident
+    assert len(memory.tensors) == 6 and memory.tensors[1] == memory.tensors[-1], memory.tensors
+    assert memory.resident[-1] - memory.resident[1] < 1024, memory.resident      # the first thousand settle the allocator

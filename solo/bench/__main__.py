@@ -6,7 +6,7 @@ from importlib import import_module
 from solo.console import quiet_libraries
 from solo.errors import ConfigError, reported
 
-SUBJECTS = ("data",)
+SUBJECTS = ("data", "step")
 
 
 def main(argv: list[str]) -> None:

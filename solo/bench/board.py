@@ -19,6 +19,15 @@ GOALS: tuple[tuple[str, str, str, float], ...] = (
     ("D5", "", "x", 3),
     ("D6", "", "ms", 50),
     ("Dx", "whole range", "%", 20),
+    ("S1", "nnclr, concat", "operations", 400),
+    ("S1", "all4one, concat", "operations", 1100),
+    ("S2", "", "waits", 0),
+    ("S3", "", "x", 5),
+    ("S5", "nnclr, float32", "x", 1),
+    ("S5", "all4one, float32", "x", 1.03),
+    ("S5", "bf16-mixed", "x", 1.6),
+    ("S5", "finite check", "% of a step", 0.5),
+    ("S6", "", "collectives", 2),
 )
 _SUBJECTS = {"D": "Data engine", "S": "Step", "L": "Losses", "K": "Kernels", "E": "Training"}
 _HEAD = ("| id | what | ours | peer | ratio | goal | met |", "|---|---|---|---|---|---|---|")
