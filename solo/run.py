@@ -26,6 +26,7 @@ from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
+from solo.compiling import compile_networks
 from solo.config import load
 from solo.console import quiet_libraries, say
 from solo.data.bad import AgreedCount
@@ -119,6 +120,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
+    if config.compile:
+        compile_networks(method, trainer.strategy.root_device)
     meet(trainer)
     start = begin(config, run_dir, method, trainer)
     if start.path is not None and start.complete:

@@ -16,13 +16,14 @@ RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.par
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {"errors", "registry", "console", "batch", "config", "names", "devices", "dist", "precision", "ranges", "schedules"}
-PARTS = BASE | {"kernels", "losses", "nn", "batching", "backbones", "towers", "representations", "optim", "checkpoint"}
+PARTS = BASE | {"kernels", "losses", "nn", "batching", "compiling", "backbones"}
+PARTS |= {"towers", "representations", "optim", "checkpoint"}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     "losses": BASE | {"kernels"},
-    **dict.fromkeys(("nn", "batching", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
+    **dict.fromkeys(("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
     "methods": PARTS - {"config"},
     "data": BASE,
     "export": PARTS,
