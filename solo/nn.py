@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solo.dist import gather
+from solo.dist import gather_packed
 from solo.kernels import neighbours, wants_shadow
 from solo.losses.unigrad import correlation
 from solo.precision import full_precision
@@ -123,7 +123,8 @@ class Queue(StepModule):
             z: [B, D], normalised here.
             labels: [B].
         """
-        self._pending.append((gather(unit(z.to(self.keys.dtype))), gather(labels)))
+        rows, known = gather_packed(unit(z.to(self.keys.dtype)), labels)        # [world * B, D], [world * B]
+        self._pending.append((rows, known))
 
     @torch.no_grad()
     def land(self) -> None:

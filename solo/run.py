@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from solo import backbones, checkpoint, optim
+from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.failed import FailedStep
 from solo.callbacks.health import FiniteGuard, Health
@@ -23,6 +24,7 @@ from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.overflow import OverflowGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
+from solo.compiling import compile_networks
 from solo.config import load
 from solo.console import quiet_libraries, say
 from solo.data.bad import AgreedCount
@@ -96,6 +98,7 @@ def _method(config: Experiment, in_chans: int) -> Method:
     method = METHODS[config.method](backbone, config.method_kwargs)
     method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
     method.mean, method.std = statistics(config.data)
+    method.each = ViewBatching(config.view_batching)
     return method
 
 
@@ -120,6 +123,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
+    if config.compile:
+        compile_networks(method, trainer.strategy.root_device)
     meet(trainer, config.step_timeout)
     alike(config, trainer.strategy.root_device)
     start = begin(config, run_dir, method, trainer)

@@ -74,10 +74,10 @@ class All4One(Method):
         return {"transformer": {"lr": self.config.transformer_lr}}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
-        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, D]
-        m1, m2 = (unit(self.teacher(x)) for x in batch.views)                   # [B, D], constants
+        f1, f2 = self.each(self.backbone, batch.views)                          # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, D]
+        p1, p2 = self.each(self.predictor, (z1, z2))                            # [B, D]
+        m1, m2 = map(unit, self.each(self.teacher, batch.views))                # [B, D], constants
 
         k = self.config.neighbours
         n, y = self.queue.nearest(torch.cat([m1, m2]), k)                       # [2 B, k, D], [2 B, k]

@@ -39,9 +39,9 @@ class NNCLR(Method):
         self.queue = Queue(config.queue_size, out)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, out]
-        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, out]
+        f1, f2 = self.each(self.backbone, batch.views)                          # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, out]
+        p1, p2 = self.each(self.predictor, (z1, z2))                            # [B, out]
         n, y = self.queue.nearest(torch.cat([z1, z2]))                          # [2 B, 1, out], [2 B, 1]
         n1, n2 = n[:, 0].chunk(2)                                               # [B, out]
         self.queue.push(z1, batch.labels)
