@@ -100,8 +100,12 @@ def _record(config: Experiment, wanted: list[str]) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
-        return {key: found[key] for key in ("batch_size", "lr") if key in found}
-    except (ValueError, TypeError, OSError) as error:
+        kinds: dict[str, type] = {"batch_size": int, "lr": float}
+        whole = isinstance(found, dict) and all(type(value) is kinds.get(key) for key, value in found.items())
+        if not whole or not found or min(found.values()) <= 0:
+            raise ValueError("it must hold batch_size, lr, or both")
+        return dict(found)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it to search again") from error
 
 

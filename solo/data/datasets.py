@@ -189,7 +189,7 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
             raise ValueError("one is of another type")
     except (OSError, ValueError) as error:
         wanted = "it must hold plain arrays jpeg, offsets, labels, split and classes"
-        raise ConfigError(f"{key}={path} cannot be read as a dataset: {wanted} ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{key}={path} cannot be read as a dataset: {wanted} ({str(error).splitlines()[0][:200]})") from error
     offsets = offsets.astype(np.int64)          # differences of unsigned numbers are never negative
     same = len(offsets) == len(labels) + 1 == len(split) + 1
     if not same or offsets[0] < 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
