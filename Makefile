@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make lint      VENV=dir keeps the environment elsewhere, PYTHON=python3.12 chooses one
+# make demo | make test | make test-fast | make lint | make bench-gpu      VENV=dir keeps the environment elsewhere, PYTHON=python3.12 chooses one
 PYTHON ?= python3
 VENV ?= .venv
 override VENV := $(abspath $(VENV))
@@ -9,7 +9,7 @@ BASE := $(shell $(RUN) -c '' 2>/dev/null && echo '$(RUN)' || echo '$(PYTHON)')
 KEY := $(shell { $(BASE) --version; echo '$(CURDIR)'; cat requirements.txt pyproject.toml; } 2>&1 | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready-$(KEY)
 
-.PHONY: demo test test-fast lint env
+.PHONY: demo test test-fast lint bench-gpu env
 demo: env
 	$(RUN) main_pretrain.py --config-name all4one.yaml
 
@@ -20,6 +20,10 @@ test: env
 
 test-fast: env
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# All that is measured on one GPU, about 8 minutes: make bench-gpu ARGS="--data cifar10.npz --minutes 30"
+bench-gpu: env
+	$(RUN) -m solo.bench gpu $(ARGS)
 
 lint: env
 	$(RUN) -m ruff check .

@@ -50,6 +50,35 @@ def gather(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
+class _Joint(torch.autograd.Function):
+    """Concatenation or sum over ranks from which every rank computes the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, concatenated: bool) -> Tensor:
+        ctx.rows = len(x) if concatenated else None
+        if concatenated:
+            return gather(x)
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        local = grad if ctx.rows is None else grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return local * world_size(), None
+
+
+def gather_joint(x: Tensor) -> Tensor:
+    """`gather` for a loss that every rank computes alike from all rows: the backward pass communicates nothing.
+
+    All ranks have the same gradient of the result, so the sum over ranks is ``world_size`` times one's own.
+    """
+    return x if world_size() == 1 else _Joint.apply(x, True)
+
+
+def sum_joint(x: Tensor) -> Tensor:
+    """Sum over ranks, out of place, for a loss that every rank computes alike from it; see `gather_joint`."""
+    return x if world_size() == 1 else _Joint.apply(x, False)
+
+
 @torch.no_grad()
 def gather_packed(*tensors: Tensor) -> list[Tensor]:
     """Rows of every rank in rank order of several tensors, by one collective; no gradient.

@@ -67,6 +67,7 @@ class Experiment:
     ``view_batching``: ``concat`` runs all views of one size as one batch, with BatchNorm still per view (`solo.batching`).
     ``compile``: ``torch.compile`` of backbone and heads, which takes a minute before the first step.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
+    ``step_timeout``: seconds after which several processes give up on one that does not answer.
     ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
     """
 
@@ -92,6 +93,7 @@ class Experiment:
     loggers: list[Literal["csv", "tensorboard", "mlflow", "comet"]] = field(default_factory=lambda: ["csv", "tensorboard"])
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = 5
+    step_timeout: float = 300.0
     extra: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -101,6 +103,8 @@ class Experiment:
             problems.append(f"name may hold letters, digits, '_', and behind the first '.' and '-', got {self.name!r}")
         if not 0 <= self.seed < 2**32:
             problems.append(f"seed must lie in [0, 2**32), got {self.seed}")
+        if self.step_timeout <= 0:
+            problems.append(f"step_timeout must be positive, got {self.step_timeout:g}")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
         if problems:
@@ -134,7 +138,7 @@ class Experiment:
 
 _NOT_LEARNED = (
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
-    *("view_batching", "compile", "auto_batch_size", "auto_lr"),
+    *("view_batching", "compile", "auto_batch_size", "auto_lr", "step_timeout"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
     *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from solo.dist import gather_packed
 from solo.losses.unigrad import correlation
+from solo.neighbours import nearest
 from solo.precision import full_precision
 from solo.schedules import cosine
 
@@ -89,8 +90,7 @@ class Queue(StepModule):
         Returns:
             Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
         """
-        similarity = _cosines(z, self.keys)                                                         # [B, K]
-        index = similarity.argmax(1, keepdim=True) if k == 1 else similarity.topk(k).indices        # [B, k]
+        index = nearest(unit(z).to(self.keys.dtype), self.keys, k)                                  # [B, k]
         return self.keys[index], self.labels[index]
 
     @torch.no_grad()
@@ -117,12 +117,6 @@ class Queue(StepModule):
     def after_step(self, progress: float) -> dict[str, float]:
         self.land()
         return {}
-
-
-@full_precision
-def _cosines(z: Tensor, keys: Tensor) -> Tensor:
-    """[B, D] and normalised rows [K, D] -> [B, K]."""
-    return unit(z).to(keys.dtype) @ keys.T
 
 
 class Correlation(StepModule):

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -36,10 +39,11 @@ from solo.data.resume import SettledCounters
 from solo.data.views import expand
 from solo.devices import settle
 from solo.dist import part
-from solo.errors import ConfigError, EnvironmentFault
+from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
 from solo.methods import METHODS, Method
+from solo.peers import together
 from solo.start import begin, meet
 from solo.tuning import tuned
 
@@ -129,7 +133,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         method.load_state_dict(checkpoint.read(start.path)["state_dict"])
     else:
         _write_config(config, run_dir)
-        _fit(trainer, method, data, start.path)
+        _fit(trainer, method, data, start.path, config.step_timeout)
     if data.bad.count:
         say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
     last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
@@ -146,11 +150,16 @@ def _check(config: Experiment, method: Method, global_batch: int) -> None:
         raise ConfigError("optimizer.batch_size=1: BatchNorm needs at least 2 images per process")
 
 
-def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None) -> None:
+def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None, timeout: float) -> None:
     try:
-        trainer.fit(method, datamodule=data, ckpt_path=start)
+        with together(timeout):
+            trainer.fit(method, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
+    except SoloError:
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
+        raise
 
 
 def _rank() -> int:
@@ -183,7 +192,7 @@ def _trainer(
         **given,
     }
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
-        arguments["strategy"] = _ddp()
+        arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": config.to_json()}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
@@ -216,12 +225,15 @@ def _trainer(
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
 
-def _ddp() -> DDPStrategy:
+_MEETING = 300.0        # seconds that processes have to find each other
+
+
+def _ddp(timeout: float) -> DDPStrategy:
     """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
     parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
     silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     quiet: dict[str, Any] = {silent: False}
-    return DDPStrategy(find_unused_parameters=False, **quiet)
+    return DDPStrategy(find_unused_parameters=False, timeout=timedelta(seconds=timeout), **quiet)
 
 
 def _loggers(config: Experiment, run_dir: Path) -> list[Logger]:

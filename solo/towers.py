@@ -1,6 +1,7 @@
 """Frozen image towers to distil from: any timm model, or the image side of an open_clip model."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ import timm
 import timm.data
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
 from solo import checkpoint
@@ -122,11 +124,19 @@ _LIBRARIES: dict[str, Callable[[TowerConfig], _Parts]] = {"timm": _timm, "open_c
 
 
 def _fetched(config: TowerConfig, create: Callable[[], Any]) -> Any:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)      # each of its attempts would be a line
     try:
         return create()
     except Exception as error:          # hub, network and disk raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EnvironmentFault(f"the teacher {config.name} cannot be made, or its weights fetched: {reason[:200]}") from error
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            reason = "they are not in the local cache and the hub cannot be reached; connect once, or give teacher.weights=FILE"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentFault(f"the teacher {config.name} cannot be made, or its weights fetched: {reason}") from error
+    finally:
+        hub.setLevel(level)
 
 
 def _fingerprint(parts: _Parts) -> Tensor:

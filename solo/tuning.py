@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,7 +31,7 @@ from solo.checkpoint import write_file
 from solo.console import log, say
 from solo.data.loaders import TrainLoader
 from solo.data.module import DataModule
-from solo.errors import ConfigError, EnvironmentFault, Interrupted, NumericsError
+from solo.errors import ConfigError, EnvironmentFault, Interrupted, NumericsError, hearing
 from solo.experiment import Experiment
 from solo.methods import Method
 
@@ -60,7 +61,7 @@ def tuned(
         A config without ``auto_batch_size`` and ``auto_lr``, in whose place stand the values.
 
     Raises:
-        ConfigError: several processes; no batch size suits the method.
+        ConfigError: several processes; a rate for a checkpoint; no batch size suits the method.
         EnvironmentFault: the smallest batch does not fit in memory; the file cannot be written.
         NumericsError: no rate lowers the loss.
     """
@@ -70,6 +71,9 @@ def tuned(
     if processes > 1:
         raise ConfigError(f"{' and '.join(wanted)} search in one process, and this run has {processes}: search with devices=1, "
                           f"then give the values as optimizer.batch_size and optimizer.lr")
+    if config.auto_lr and config.resume not in ("auto", "never"):
+        raise ConfigError(f"auto_lr searches with an untrained network, and resume={config.resume} has a trained one: "
+                          f"give optimizer.lr")
     path = _record(config, wanted)
     found = _read(path) if path.exists() and config.resume != "never" else None
     if found is None:
@@ -174,11 +178,18 @@ def _tuner(arguments: dict[str, Any], batches: "_Batches") -> Iterator[Tuner]:
                              enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
+    process = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:                  # a loader's worker
+            raise SystemExit(128 + number)
+        name = signal.Signals(number).name
+        raise Interrupted(f"{name} in a search: nothing is kept, the same command searches again", number)
+
     log.disabled = True
     try:
-        yield Tuner(trainer)
-    except SystemExit as error:                     # how Lightning ends on Ctrl-C
-        raise Interrupted("SIGINT in a search: nothing is kept, the same command searches again", signal.SIGINT) from error
+        with hearing(leave):
+            yield Tuner(trainer)
     finally:
         log.disabled = False
         batches.data.teardown("fit")

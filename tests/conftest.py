@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared"))
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:    # a shell's background job: its commands would rightly ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
 
 

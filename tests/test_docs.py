@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.errors import Interrupted, SoloError
+from solo.eval.linear import LinearConfig
 from solo.methods import METHODS
 from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
@@ -103,6 +105,21 @@ def test_documents_name_recipes_and_documents_that_exist():
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
         for folder, name in re.findall(r"--config-path (\S+) --config-name (\S+\.yaml)", text):
             assert (ROOT / folder / name.rstrip("`")).is_file(), f"{document.name} names {folder}/{name}"
+
+
+def test_unigrads_published_linear_evaluation_composes():
+    """LARC with trust 0.001 and no clipping, 0.1 per 256 of 4096 images, a cosine over 90 epochs from the first step."""
+    (command,) = re.findall(r"^    (python main_linear\.py .*)$", (ROOT / "docs/methods/unigrad.md").read_text(), re.MULTILINE)
+    _, _, flag, name, *overrides = shlex.split(command)
+    assert flag == "--config-name"
+    composed = config.load(ROOT / "scripts" / "linear" / name, overrides)
+    epochs = composed.pop("max_epochs")
+    linear = config.bind(LinearConfig, composed)
+    optimizer = linear.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.batch_size, optimizer.weight_decay) == ("larc", 0.1, 4096, 0)
+    assert optimizer.kwargs == {"momentum": 0.9, "trust_coefficient": 0.001, "clip": False}
+    schedule = linear.scheduler
+    assert (epochs, schedule.name, schedule.warmup_epochs, schedule.min_lr) == (90, "warmup_cosine", 0, 0)
 
 
 def test_commands_of_the_evaluation_page_compose():

@@ -15,15 +15,18 @@ SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
-BASE = {"errors", "registry", "console", "batch", "config", "names", "devices", "dist", "precision", "ranges", "schedules"}
-PARTS = BASE | {"kernels", "losses", "nn", "batching", "compiling", "backbones"}
-PARTS |= {"towers", "representations", "optim", "checkpoint"}
+BASE = {
+    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "schedules",
+}
+NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
+PARTS = BASE | {"kernels", "losses", "neighbours", *NETWORKS}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     "losses": BASE | {"kernels"},
-    **dict.fromkeys(("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
+    "neighbours": BASE | {"kernels"},
+    **dict.fromkeys(NETWORKS, PARTS),
     "methods": PARTS - {"config"},
     "data": BASE,
     "export": PARTS,
@@ -33,7 +36,7 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "bench", "experiment", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "certify", "experiment", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": "config.py",
@@ -46,6 +49,7 @@ HOMES = {
     "wandb": "run.py",
     "umap": "eval/umap.py",
     "open_clip": "towers.py",
+    "huggingface_hub": "towers.py",
 }
 
 

@@ -63,6 +63,10 @@ ALL4ONE = {
     **HEADS, "queue_size": 98304, "centroid_temperature": 0.1, "transformer_lr": 0.1, "neighbours": 5, "depth": 3, "heads": 8,
     "dropout": 0.1, "momentum": {"base_tau": 0.99, "final_tau": 1.0},
 }
+SIMCLR = {"temperature": 0.2, "proj_hidden_dim": 2048, "proj_output_dim": 256}
+WIDE = {"proj_hidden_dim": 2048, "proj_output_dim": 2048}
+BARLOW = {**WIDE, "lamb": 0.0051, "scale_loss": 0.1}
+VICREG = {**WIDE, "sim_loss_weight": 25, "var_loss_weight": 25, "cov_loss_weight": 1}
 LARS = {"momentum": 0.9, "eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}
 BYOL_IMAGENET = {**LARS, "eta": 0.001, "clip_lr": False}
 # method_kwargs; backbone, dataset; lr, classifier_lr, weight decay per 256 images; images and devices; epochs; LARS
@@ -71,6 +75,9 @@ RECIPES = {
     "cifar/all4one": (ALL4ONE, "resnet18", "cifar10", 1.0, 0.1, 1e-5, 256, 1, 1000, LARS),
     "imagenet-100/nnclr": (NNCLR, "resnet18", "imagenet100", 0.4, 0.1, 1e-5, 128, 2, 400, LARS),
     "imagenet-100/all4one": (ALL4ONE, "resnet18", "imagenet100", 1.0, 0.1, 1e-5, 128, 2, 400, LARS),
+    "cifar/simclr": (SIMCLR, "resnet18", "cifar10", 0.4, 0.1, 1e-4, 256, 1, 1000, LARS),
+    "cifar/barlow_twins": (BARLOW, "resnet18", "cifar10", 0.3, 0.1, 1e-4, 256, 1, 1000, LARS),
+    "cifar/vicreg": (VICREG, "resnet18", "cifar10", 0.3, 0.1, 1e-4, 256, 1, 1000, LARS),
     # Not published for these methods: the optimizer of BYOL's file, as the headers say.
     "imagenet/nnclr": (NNCLR, "resnet50", "imagenet", 0.45, 0.2, 1e-6, 128, 8, 100, BYOL_IMAGENET),
     "imagenet/all4one": (ALL4ONE, "resnet50", "imagenet", 0.45, 0.2, 1e-6, 128, 8, 100, BYOL_IMAGENET),
@@ -91,7 +98,94 @@ def test_recipes(name):
     assert (optimizer.batch_size, recipe.trainer["devices"], recipe.trainer["max_epochs"]) == (batch, devices, epochs)
     assert (schedule.name, schedule.warmup_epochs, schedule.warmup_start_lr, schedule.min_lr) == ("warmup_cosine", 10, 3e-5, 0)
     assert recipe.trainer["sync_batchnorm"] and recipe.trainer["precision"] == "bf16-mixed"
-    assert method_kwargs["queue_size"] % (batch * devices) == 0
+    assert method_kwargs.get("queue_size", 0) % (batch * devices) == 0
+
+
+SCE_LARS = {"momentum": 0.9, "eta": 0.001, "exclude_bias_n_norm": True, "decay_first": True, "eps": 0}
+SCE_CIFAR = {
+    "symmetric": False, "temperature_m": 0.05, "proj_layers": 2, "proj_hidden_dim": 512, "proj_output_dim": 128,
+    "proj_last_norm": False, "pred_hidden_dim": 0, "queue_size": 4096, "momentum": {"base_tau": 0.99, "final_tau": 0.99},
+}
+SCE_IMAGENET = {"temperature": 0.1, "temperature_m": 0.07, "coeff": 0.5, "symmetric": True, "mask_self": False,
+                "proj_layers": 3, "proj_hidden_dim": 2048, "proj_output_dim": 256, "pred_hidden_dim": 4096,
+                "queue_size": 65536, "momentum": {"base_tau": 0.99, "final_tau": 1.0}}
+SGD, ADAM = {"momentum": 0.9}, {}
+UNIGRAD = {"proj_hidden_dim": 2048, "proj_output_dim": 2048, "momentum": {"base_tau": 0.996, "final_tau": 1.0}}
+BANK = dict.fromkeys(("raw", "scattering", "augmented", "hog", "local_std"), 1.0)
+MVMR = {"proj_hidden_dim": 8192, "proj_output_dim": 8192, "normalize_z": False, "std_margin": 1.0, "sign": "paper",
+        "invariance_weight": 1.0, "variance_weight": 1.0, "views_weight": 1.0}
+CLIP = {"library": "open_clip", "name": "ViT-B-16", "tag": "laion400m_e32", "weights": None}
+# epochs of warm-up, rate at its start and at the end; where its peak lies, what the cosine spans
+LAST, SLOW, AFTER = (10, 0, 0, "last", "rest"), (5, 0, 0, "last", "rest"), (10, 1e-6, 1e-6, "after", "rest")
+OVER_RUN = (5, 2e-4, 2e-4, "after", "run")
+
+
+def unigrad(form, epochs=100, **constants):
+    kwargs = {**UNIGRAD, "form": form, "cutmix": 0.0, **constants}
+    return kwargs, "sgd", 0.05, 1e-4, 128 * 8, epochs, OVER_RUN, SGD
+
+
+def mvmr(batch, rate, epochs, **kwargs):
+    return {**MVMR, **kwargs}, "adam", rate, 1e-6, batch, epochs, AFTER, ADAM
+
+
+PREDICTOR = {"rho": 0.99, "eps": 0.3, "eigen_every": 10}
+# some method_kwargs; optimizer, lr per 256, weight decay, images of a step, epochs, schedule, the optimizer's own
+SEEDS = {
+    "imagenet/sce": (SCE_IMAGENET, "lars", 0.3, 1e-6, 4096, 200, LAST, SCE_LARS),
+    "imagenet/sce-multicrop": ({**SCE_IMAGENET, "proj_hidden_dim": 4096}, "lars", 0.3, 1e-6, 4096, 200, LAST, SCE_LARS),
+    "cifar/sce": (SCE_CIFAR, "sgd", 0.06, 5e-4, 256, 200, SLOW, {}),
+    "imagenet/unigrad": unigrad("unigrad", lambda_=100.0, rho=0.99),
+    "imagenet/unigrad-cutmix": unigrad("unigrad", 800, cutmix=1.0, lambda_=100.0, rho=0.99),
+    "imagenet/unigrad-simclr": unigrad("simclr", temperature=0.2),
+    "imagenet/unigrad-moco": unigrad("moco", temperature=0.2, queue_size=65536),
+    "imagenet/unigrad-simsiam": unigrad("simsiam", **PREDICTOR),
+    "imagenet/unigrad-byol-directpred": unigrad("byol_directpred", **PREDICTOR),
+    "imagenet/unigrad-barlow": unigrad("barlow", lambda_=50.0),
+    "imagenet/unigrad-vicreg": unigrad("vicreg", invariance=25.0, variance=25.0, covariance=1.0),
+    # Not published: SimSiam's usual rate and length for CIFAR, as the header says.
+    "cifar/unigrad": ({"form": "unigrad", "momentum": {"base_tau": 0.99, "final_tau": 1.0}}, "sgd", 0.06, 5e-4, 256, 200,
+                      (10, 3e-5, 0, "last", "rest"), SGD),
+    "stl10/mvmr": mvmr(256, 1e-4, 1000, representations=BANK, teacher=None),
+    "cifar/mvmr": mvmr(512, 1e-4, 1000, representations=BANK, teacher=None),
+    "imagenet/mvmr": mvmr(2048, 1.25e-5, 1000, representations=BANK, teacher=None),
+    "stl10/mvmr-clip": mvmr(256, 1e-4, 200, representations={}, teacher=CLIP, teacher_weight=1.0),
+    "cifar/mvmr-clip": mvmr(256, 1e-4, 200, representations={}, teacher=CLIP, teacher_weight=1.0),
+    "imagenet/mvmr-clip": mvmr(256, 1e-4, 200, representations={}, teacher=CLIP, teacher_weight=1.0),
+}
+CUSTOM = {"custom/nnclr", "custom/all4one"}     # templates for one's own images, with values to change
+
+
+def test_every_recipe_has_a_row():
+    shipped = {path.relative_to(PRETRAIN).with_suffix("").as_posix() for path in PRETRAIN.glob("*/*.yaml")
+               if path.parent.name != "augmentations"}
+    assert shipped == {*RECIPES, *SEEDS, *CUSTOM}
+    assert {path.stem for path in (ROOT / "scripts" / "linear").glob("*.yaml")} == {"linear", "finetune", "semi-supervised"}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_recipes_of_sce_unigrad_and_mvmr(name):
+    method_kwargs, kind, lr, decay, images, epochs, schedule, own = SEEDS[name]
+    recipe = experiment(load(PRETRAIN / f"{name}.yaml", ["data.train_path=x"]))
+    found = dataclasses.asdict(recipe.method_kwargs)
+    assert recipe.method == name.split("/")[1].split("-")[0] and {key: found[key] for key in method_kwargs} == method_kwargs
+    optimizer, s, trainer = recipe.optimizer, recipe.scheduler, recipe.trainer
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.kwargs) == (kind, lr, decay, own)
+    assert not optimizer.exclude_bias_n_norm_wd
+    assert optimizer.batch_size * trainer["devices"] * trainer.get("num_nodes", 1) == images and trainer["max_epochs"] == epochs
+    assert (s.name, s.warmup_epochs, s.warmup_start_lr, s.min_lr, s.warmup_peak, s.cosine_over) == ("warmup_cosine", *schedule)
+    if method_kwargs.get("queue_size"):
+        assert method_kwargs["queue_size"] % (2 * images) == 0
+
+
+def test_semi_supervised_recipe():
+    """MV-MR's: 100 epochs, Adam at 1e-4 for a batch of 256, a cosine without warm-up, its strong view."""
+    recipe = load(ROOT / "scripts" / "linear" / "semi-supervised.yaml", ["checkpoint=x"])
+    assert recipe["optimizer"] == {"name": "adam", "batch_size": 256, "lr": 1e-4, "weight_decay": 1e-6}
+    assert recipe["scheduler"] == {"name": "warmup_cosine", "warmup_epochs": 0}
+    assert (recipe["max_epochs"], recipe["finetune"]) == (100, True)
+    (block,) = recipe["augmentations"]
+    assert numbers(bind(View, block)) == (224, WHOLE, STRONG, 0.2, 1.0, 0.0, 0.0, 0.5)
 
 
 def test_linear_recipes():
@@ -126,45 +220,53 @@ def test_linear_evaluation_without_a_recipe_is_the_published_one():
 
 WHOLE, MILD, WEAK, STRONG = (0.08, 1.0), (0.8, 0.4, 0.4, 0.2, 0.1), (0.8, 0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.8, 0.2)
 NONE = (0.0,) * 5
-SMALL = [(WHOLE, MILD, 0.2, 0.0, 0.0, 0.0, 0.5), (WHOLE, MILD, 0.2, 0.0, 0.2, 0.0, 0.5)]
-LARGE = [(WHOLE, MILD, 0.2, 1.0, 0.0, 0.0, 0.5), (WHOLE, MILD, 0.2, 0.1, 0.2, 0.0, 0.5)]
+PLAIN = (NONE, 0.0, 0.0, 0.0, 0.0, 0.0)
+SMALL = [(32, WHOLE, MILD, 0.2, 0.0, 0.0, 0.0, 0.5), (32, WHOLE, MILD, 0.2, 0.0, 0.2, 0.0, 0.5)]
+LARGE = [(224, WHOLE, MILD, 0.2, 1.0, 0.0, 0.0, 0.5), (224, WHOLE, MILD, 0.2, 0.1, 0.2, 0.0, 0.5)]
+SCE = [(224, (0.2, 1.0), MILD, 0.2, 1.0, 0.0, 0.0, 0.5), (224, (0.2, 1.0), MILD, 0.2, 0.1, 0.2, 0.0, 0.5)]
+LOCAL = {192: (0.172, 0.86), 160: (0.143, 0.715), 128: (0.114, 0.571), 96: (0.086, 0.429)}
 VIEWS = {
-    "asymmetric": {"cifar": SMALL, "imagenet-100": LARGE, "imagenet": LARGE, "custom": LARGE},
-    "symmetric": [(WHOLE, STRONG, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
-    "symmetric_weak": [(WHOLE, WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
-    "mocov2": [((0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,        # UniGrad's
-    "weak_strong": [((0.2, 1.0), NONE, 0.0, 0.0, 0.0, 0.0, 0.5), ((0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)],     # SCE's
+    "cifar/asymmetric": SMALL,
+    "imagenet-100/asymmetric": LARGE,
+    "imagenet/asymmetric": LARGE,
+    "custom/asymmetric": LARGE,
+    "cifar/symmetric": [(32, WHOLE, STRONG, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
+    "cifar/vicreg": [(32, (0.2, 1.0), MILD, 0.2, 0.0, 0.1, 0.0, 0.5)] * 2,
+    "cifar/symmetric_weak": [(32, WHOLE, WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,
+    "imagenet/mocov2": [(224, (0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)] * 2,     # UniGrad's
+    "cifar/weak_strong": [(32, (0.2, 1.0), NONE, 0.0, 0.0, 0.0, 0.0, 0.5), (32, (0.2, 1.0), WEAK, 0.2, 0.5, 0.0, 0.0, 0.5)],
+    "imagenet/sce": SCE,
+    "imagenet/sce-multicrop": SCE + [(size, scale, MILD, 0.2, 0.5, 0.2, 0.0, 0.5) for size, scale in LOCAL.items()],
+    # MV-MR's: the image as it is, and a view; the padded crop of CIFAR-100 is a crop of at least 60 %, a named deviation
+    "imagenet/original_strong": [(224, None, *PLAIN), (224, WHOLE, STRONG, 0.2, 1.0, 0.0, 0.0, 0.5)],
+    "stl10/original_strong": [(96, None, *PLAIN), (96, WHOLE, STRONG, 0.2, 1.0, 0.0, 0.0, 0.5)],
+    "cifar/original_mild": [(32, None, *PLAIN), (32, (0.2, 1.0), WEAK, 0.1, 0.0, 0.0, 0.0, 0.5)],
+    "cifar/original_crop": [(32, None, *PLAIN), (32, (0.6, 1.0), NONE, 0.0, 0.0, 0.0, 0.0, 0.5)],
 }
-FILES = sorted(path for name in ("cifar", "imagenet-100", "imagenet", "custom")
-               for path in (PRETRAIN / name / "augmentations").glob("*.yaml") if path.stem in VIEWS)
 
 
-def test_the_table_covers_the_views_of_every_recipe():
-    assert {path.relative_to(PRETRAIN).as_posix() for path in FILES} >= {
-        *(f"{name}/augmentations/asymmetric.yaml" for name in VIEWS["asymmetric"]),
-        "cifar/augmentations/symmetric.yaml", "cifar/augmentations/symmetric_weak.yaml",
-        "cifar/augmentations/weak_strong.yaml", "imagenet/augmentations/mocov2.yaml",
-    }
+def numbers(view):
+    """Side, crop scale (None: the image as it is) and strengths of a view."""
+    jitter = view.color_jitter
+    return (
+        view.crop_size, (view.rrc.crop_min_scale, view.rrc.crop_max_scale) if view.rrc.enabled else None,
+        (jitter.prob, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) if jitter.prob else NONE,
+        *(chance.prob for chance in (view.grayscale, view.gaussian_blur, view.solarization, view.equalization)),
+        view.horizontal_flip.prob,
+    )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PRETRAIN).as_posix())
-def test_views(path):
-    folder = path.parts[-3]
-    expected = VIEWS[path.stem]
-    expected = expected[folder] if isinstance(expected, dict) else expected
-    views = [bind(View, block) for block in yaml.safe_load(path.read_text())]
-    found = []
-    for view in views:
-        jitter = view.color_jitter
-        numbers = (
-            (view.rrc.crop_min_scale, view.rrc.crop_max_scale),
-            (jitter.prob, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue),
-            *(chance.prob for chance in (view.grayscale, view.gaussian_blur, view.solarization, view.equalization)),
-            view.horizontal_flip.prob,
-        )
-        assert view.rrc.enabled and view.crop_size == (32 if folder == "cifar" else 224)
-        found += [numbers] * view.num_crops
-    assert found == expected
+def test_every_file_of_views_has_a_row():
+    shipped = {f"{path.parts[-3]}/{path.stem}" for path in PRETRAIN.glob("*/augmentations/*.yaml")}
+    assert shipped == set(VIEWS)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(name):
+    folder, stem = name.split("/")
+    blocks = yaml.safe_load((PRETRAIN / folder / "augmentations" / f"{stem}.yaml").read_text())
+    views = [view for view in (bind(View, block) for block in blocks) for _ in range(view.num_crops)]
+    assert [numbers(view) for view in views] == VIEWS[name]
 
 
 def test_solarise_turns_128_and_above():

@@ -1,6 +1,7 @@
 """Representations against the official code's numbers, and what users add."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,33 @@ def test_equal_official(golden, size, dtype):
     assert_close(whole("hog", image).view_as(g["hog"]), g["hog"])
     assert_close(whole("local_std", image).view_as(g["local_std"]), g["local_std"])
     assert_close(whole("raw", image) * 32, image.flatten(1))
+
+
+def test_no_block_holds_a_representation_and_none_outlives_the_next():
+    """At 224 px, where raw pixels are 150,528 columns and scattering 762,048; beside the blocks only images are held."""
+    images, largest, columns = torch.randn(2, 3, 224, 224), {}, {}
+    for name in ("raw", "augmented", "local_std", "hog", "scattering"):
+        alive, blocks = [], represent(name, images)
+        assert not isinstance(blocks, (list, tuple))
+        for block in blocks:
+            alive = [ref for ref in alive if ref() is not None] + [weakref.ref(block)]
+            assert len(alive) <= 2
+            largest[name] = max(largest.get(name, 0), block.shape[1])
+            columns[name] = columns.get(name, 0) + block.shape[1]
+    assert largest == {"raw": 16_352, "augmented": 16_352, "local_std": 16_352, "hog": 18_816, "scattering": 28_224}
+    assert columns == {"raw": 150_528, "augmented": 150_528, "local_std": 150_528, "hog": 56_448, "scattering": 762_048}
+
+
+def test_bands_meet():
+    """What stands in several bands is what one band has."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 300, 96, dtype=torch.float64)
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    around = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+    expected = (around.square().mean(-1) - around.mean(-1).square() + 1e-8).sqrt()
+    assert len(list(represent("local_std", images))) == 6
+    torch.testing.assert_close(whole("local_std", images), expected.flatten(1))
+    assert torch.equal(whole("raw", images), images.flatten(1) / 32)
 
 
 def test_scattering_of_other_shapes():

@@ -1,10 +1,12 @@
 """Frozen towers: their own normalisation, no weights in a state dict, and a changed one is noticed."""
 
+import logging
 import sys
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from solo.errors import ConfigError, EnvironmentFault
 from solo.towers import Tower, TowerConfig
@@ -82,6 +84,27 @@ def test_timms_own_weights_are_asked_for(monkeypatch):
     with pytest.raises(EnvironmentFault, match="the teacher test_resnet cannot be made, or its weights fetched: no route$"):
         Tower(TowerConfig(name="test_resnet"))
     assert asked == {"name": "test_resnet", "pretrained": True, "num_classes": 0}
+
+
+def test_no_connection_is_one_line(monkeypatch, caplog):
+    hub = logging.getLogger("huggingface_hub.utils._http")
+
+    def create_model(name, **kwargs):
+        for _ in range(5):
+            hub.warning("Retrying in 1s")
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub. " * 9)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with caplog.at_level("WARNING"), pytest.raises(EnvironmentFault) as error:
+        Tower(TowerConfig(name="test_resnet"))
+    assert str(error.value) == (
+        "the teacher test_resnet cannot be made, or its weights fetched: they are not in the local cache and the hub cannot "
+        "be reached; connect once, or give teacher.weights=FILE"
+    )
+    assert not caplog.records
+    with caplog.at_level("WARNING"):
+        hub.warning("heard again")
+    assert len(caplog.records) == 1
 
 
 def test_open_clip_is_asked_for_only_where_it_is_used(monkeypatch):

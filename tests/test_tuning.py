@@ -1,12 +1,14 @@
 """auto_batch_size and auto_lr: the run uses what is found, the same command finds it again, and nothing else changes."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from solo import checkpoint, tuning
-from solo.errors import ConfigError, EnvironmentFault
+from solo.errors import ConfigError, EnvironmentFault, reported
 from solo.experiment import experiment
 from solo.methods import All4One
 from solo.methods.nnclr import NNCLR
@@ -147,6 +149,8 @@ def test_memory_of_a_cpu_ends_the_search_before_the_system_does(monkeypatch):
     ({"auto_lr": True, "optimizer": {"batch_size": 24}}, ConfigError, "queue_size=32 is not a multiple of the global batch 24"),
     ({"auto_lr": True, "optimizer": {"batch_size": 128}}, ConfigError, "0 steps"),
     ({**BOTH, "method_kwargs": {"queue_size": 67}}, ConfigError, "only a batch of 1 divides"),
+    ({"auto_lr": True, "resume": "some.ckpt"}, ConfigError,
+     "auto_lr searches with an untrained network, and resume=some.ckpt has a trained one: give optimizer.lr"),
     ({"auto_lr": "yes"}, ConfigError, "auto_lr must be true or false"),
 ])
 def test_wrong_requests_train_nothing(place, monkeypatch, changes, error, message):
@@ -154,6 +158,24 @@ def test_wrong_requests_train_nothing(place, monkeypatch, changes, error, messag
     with pytest.raises(error, match=message):
         run(**changes)
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_a_search_is_one_line(place, monkeypatch, capsys, number):
+    losses = NNCLR.losses
+
+    def interrupted(self, batch):
+        os.kill(os.getpid(), number)
+        return losses(self, batch)
+
+    monkeypatch.setattr(NNCLR, "losses", interrupted)
+    with pytest.raises(SystemExit) as end, reported():
+        run(auto_lr=True)
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err == (
+        f"interrupted: {number.name} in a search: nothing is kept, the same command searches again\n"
+    )
+    assert not list(place.glob("runs/*.json"))
 
 
 def test_damaged_record_and_place_that_cannot_be_written(place, monkeypatch):

@@ -4,10 +4,8 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from solo.checkpoint import write_file
 
@@ -41,10 +39,11 @@ def render(results: Path) -> Path:
     with results.open(newline="", encoding="utf-8") as file:
         rows = newest(csv.DictReader(file))
     compared = [entry for entry in rows if entry["ratio"]]
-    if compared:
+    pictured = bool(compared) and find_spec("matplotlib") is not None       # a borrowed GPU machine may not have it
+    if pictured:
         write_file(results.parent / "ratios.png", _picture(compared))
     page = results.parent / "README.md"
-    write_file(page, _page(rows, bool(compared)).encode())
+    write_file(page, _page(rows, pictured).encode())
     return page
 
 
@@ -107,8 +106,10 @@ def _number(text: str) -> str:
 
 
 def _picture(rows: list[Measured]) -> bytes:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), dpi=110, layout="constrained")
-    axes: Axes = figure.subplots()
+    axes = figure.subplots()
     for place, entry in enumerate(rows):
         ratio, low, high = (float(entry[key]) for key in ("ratio", "ratio_min", "ratio_max"))
         aim = goal(entry)

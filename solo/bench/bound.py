@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from solo.batch import Batch
 from solo.data.datasets import DATASETS
+from solo.data.decoding import BadImage
 from solo.data.engines import Job
-from solo.data.engines.fast import FastEngine
-from solo.data.engines.torchvision import same
+from solo.data.engines.small import SmallEngine
+from solo.data.engines.workers import same
 from solo.data.loaders import Order, Position
-from solo.data.sources import ArraySource, BadImage
+from solo.data.sources import ArraySource
 from solo.devices import settle
 from solo.experiment import Experiment
 from solo.run import build
@@ -63,7 +64,7 @@ def _decode(config: Experiment) -> float | None:
 
 def _batches(job: Job, size: int, count: int) -> list[Batch]:
     order = Order(job.seed, len(job.source), size, 0, 1)
-    return [payload.batch for payload in FastEngine(job).batches(islice(order.onwards(Position(0, 0)), count))]
+    return [payload.batch for payload in SmallEngine(job).batches(islice(order.onwards(Position(0, 0)), count))]
 
 
 def _transfer(job: Job) -> float:

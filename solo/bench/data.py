@@ -14,24 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
 from solo.bench.measure import Row, alternate, rate, row, table, write
 from solo.config import load
 from solo.data.config import KernelName
 from solo.data.engines import Job, Slot
-from solo.data.engines.fast import FastEngine
+from solo.data.engines.small import SmallEngine
 from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.loaders import Order, Position, TrainLoader
 from solo.data.module import DataModule
 from solo.data.sources import ArraySource
-from solo.errors import ConfigError
+from solo.errors import ConfigError, NumericsError
 from solo.experiment import Experiment, experiment
 
 RECIPES = {
     "cifar-asym": ("scripts/pretrain/cifar/nnclr.yaml", "augmentations=asymmetric"),
     "cifar-sym": ("scripts/pretrain/cifar/nnclr.yaml", "augmentations=symmetric"),
+    "in224": ("scripts/pretrain/imagenet-100/nnclr.yaml", "augmentations=asymmetric"),
 }
 BATCHES = (64, 256, 1024, 4096)
 SIZES = (5_000, 50_000)
@@ -44,8 +47,10 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     config = _experiment(arguments)
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
-    if data.engine != "fast":
-        raise ConfigError("solo.bench data measures the fast engine: images of one size up to 64 px")
+    if not isinstance(data.job.source, ArraySource):
+        return large.main(arguments, data)
+    if arguments.stage is not None:
+        raise ConfigError("--stage is for images above 64 px: small ones have one stage")
     print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
     print(correctness(data), flush=True)
     rows = compare(data.job, arguments.pairs, data.batch_size)
@@ -61,6 +66,7 @@ def main(argv: list[str]) -> None:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m solo.bench data", description=__doc__)
     parser.add_argument("--recipe", default="cifar-asym", help=f"{', '.join(RECIPES)}, or a pretraining YAML file")
+    parser.add_argument("--stage", choices=large.STAGES, help="of images above 64 px: only this; default: each")
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each way, in turn")
     parser.add_argument("--no-step", action="store_true", help="do not run the recipe's method to name the bound")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
@@ -82,14 +88,15 @@ def correctness(data: DataModule) -> str:
     """Holds the engine against the reference with shared numbers.
 
     Raises:
-        AssertionError: they differ by more than a grey level in more than a thousandth of the values.
+        NumericsError: they differ by more than a grey level in more than a thousandth of the values.
     """
     slot = next(Order(data.seed, len(data.selected), 128, 0, 1).onwards(Position(0, 0)))
     job = replace(data.job, config=replace(data.config, num_workers=0))
-    quick, slow = (next(engine(job).batches([slot])).batch.views for engine in (FastEngine, TorchvisionEngine))
+    quick, slow = (next(engine(job).batches([slot])).batch.views for engine in (SmallEngine, TorchvisionEngine))
     levels = torch.cat([(a - b).abs().flatten() for a, b in zip(quick, slow, strict=True)]) * min(data.spec.std) * 255
     outside = (levels > 1).float().mean().item()
-    assert outside < 1e-3, f"{outside:.2%} of the values differ by more than a grey level from the reference engine"
+    if not outside < 1e-3:
+        raise NumericsError(f"{outside:.2%} of the values differ by more than a grey level from the reference engine")
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
 
 
@@ -100,17 +107,23 @@ def _slots(job: Job, batch_size: int) -> Iterator[Slot]:
     return Order(job.seed, len(job.source), min(batch_size, len(job.source)), 0, 1).onwards(Position(0, 0))
 
 
+def _array(job: Job) -> np.ndarray:
+    if not isinstance(job.source, ArraySource):
+        raise ConfigError("this comparison is of images in memory")
+    return job.source.images
+
+
 def engine_work(job: Job, kernel: KernelName, batch_size: int, images: int) -> Callable[[], int]:
     """Batches through the whole engine, its thread included, each call going on where the last one ended."""
-    engine = FastEngine(replace(job, config=replace(job.config, kernel=kernel)))
+    engine = SmallEngine(replace(job, config=replace(job.config, kernel=kernel)))
     slots, count = _slots(job, batch_size), max(1, images // batch_size)
     return lambda: sum(len(payload.batch.index) for payload in engine.batches(islice(slots, count)))
 
 
 def pil_work(job: Job, images: int) -> Callable[[], int]:
     """Batches of 64 through torchvision on PIL."""
-    assert isinstance(job.source, ArraySource)
-    baseline, slots = PILBaseline(job, job.source.images), _slots(job, 64)
+    pixels = _array(job)
+    baseline, slots = PILBaseline(job, lambda i: Image.fromarray(pixels[i])), _slots(job, 64)
     return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in islice(slots, images // 64))
 
 
@@ -156,10 +169,10 @@ def _wait(loader: TrainLoader) -> float:
 
 def flatness(job: Job, rounds: int) -> list[Row]:
     """Rates over batch sizes and dataset sizes, in turn; with the whole range over their median."""
-    assert isinstance(job.source, ArraySource)
+    pixels = _array(job)
     works = {f"batch {size:,}": engine_work(job, job.config.kernel, size, max(_OURS, size)) for size in BATCHES}
     for size in SIZES:
-        part = np.resize(job.source.images, (size, *job.source.images.shape[1:]))
+        part = np.resize(pixels, (size, *pixels.shape[1:]))
         source = ArraySource(part, np.zeros(size), job.source.classes)
         works[f"{size:,} images"] = engine_work(replace(job, source=source), job.config.kernel, 256, _OURS)
     for work in works.values():

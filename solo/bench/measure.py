@@ -107,9 +107,10 @@ def provenance() -> Mapping[str, str]:
 
 def _revision() -> str:
     try:
+        changes = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench"]       # but for the results themselves
         head, changed = (
             subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "--short", "HEAD"], changes)
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -133,8 +134,10 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'id':4} {'what':52} {'value':>12} {'unit':14} {'peer':>10} {'ratio':>7}  pairs' ratios"]
     for entry in rows:
         line = f"{entry.id:4} {entry.what:52} {entry.value:12,.4g} {entry.unit:14}"
-        if entry.ratio is not None and entry.peer_value is not None:
-            spread = f"{entry.ratio_min:.1f}-{entry.ratio_max:.1f} ({entry.pairs})"
-            line += f" {entry.peer_value:10,.4g} {entry.ratio:6.1f}x  {spread} against {entry.peer}"
+        if entry.peer_value is not None:
+            line += f" {entry.peer_value:10,.4g}"
+            if entry.ratio is not None:
+                line += f" {entry.ratio:6.1f}x  {entry.ratio_min:.1f}-{entry.ratio_max:.1f} ({entry.pairs})"
+            line += f" against {entry.peer}"
         lines.append(line)
     return "\n".join(lines)

@@ -4,13 +4,15 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from solo.data.decoding import BadImage
 from solo.data.random import integers
-from solo.data.sources import BadImage, Source
+from solo.data.sources import Source
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
 
@@ -48,7 +50,7 @@ class BadImages:
 
     Args:
         limit: largest accepted share of the source.
-        report_dir: where ``bad_images.txt`` is written when there are more, or nowhere.
+        report_dir: where rank 0 lists them, a line of JSON each in ``bad_samples.jsonl``, as soon as they are known.
         fate: what becomes of such an image, for the log.
     """
 
@@ -84,6 +86,7 @@ class BadImages:
                 self._reasons[index] = reason
                 self._unsaid.add(index)
                 if rank() == 0:
+                    self._list(index)
                     log.warning("unreadable image %s (%s): %s", self._source.name(index), reason, self._fate)
         if world_size() == 1 and self._too_many():
             raise DataError(self._verdict())
@@ -109,17 +112,38 @@ class BadImages:
         share = f"{self.count} of {len(self._source)} images cannot be read, more than data.max_bad_fraction={self._limit:g}"
         if self.report_dir is None:
             return f"{share}; the first: {', '.join(self.names[:3])}"
-        path = Path(self.report_dir) / "bad_images.txt"
+        return f"{share}; listed in {self._path(self.report_dir)}"
+
+    def _list(self, index: int) -> None:
+        if self.report_dir is None:
+            return
+        path = self._path(self.report_dir)
+        name = self._source.name(index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{self._source.name(i)}\t{self._reasons[i]}\n" for i in self.index), encoding="utf-8")
-        return f"{share}; listed in {path}"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if name not in (json.loads(line)["name"] for line in lines):  # a run that goes on meets them again
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _path(folder: Path) -> Path:
+        return Path(folder) / "bad_samples.jsonl"
 
 
 class AgreedCount(pl.Callback):
-    """Makes the unreadable images of a `DataModule` those of all ranks, before training and after each epoch."""
+    """Makes the unreadable images of a `DataModule` those of all ranks: before training, `OFTEN` times in an epoch, and at
+    its end, so that a run with too many of them stops within the epoch that shows it.
+    """
+
+    OFTEN = 20
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        interval = max(1, int(trainer.num_training_batches) // self.OFTEN)
+        if world_size() > 1 and (trainer.fit_loop.batch_idx + 1) % interval == 0:
+            self._agree(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)

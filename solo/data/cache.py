@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import track
 
 from solo.console import log, say
-from solo.data.sources import BadImage, Source
+from solo.data.decoding import BadImage
+from solo.data.sources import Source
 
 WORTH = 2048  # images; fewer are decoded faster than one would notice
 

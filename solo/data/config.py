@@ -15,11 +15,12 @@ class DataConfig:
         train_path: folder or file of the training images; embedded datasets need none.
         val_path: the same for validation; null: the dataset's own test part, or the folder beside ``train`` called
             ``val``, ``valid``, ``validation`` or ``test``.
-        engine: ``fast`` (in memory, batched; images up to 64 px of one size), ``torchvision`` (worker processes) or
-            ``auto``: fast where it can.
-        num_workers: worker processes of the torchvision engine.
-        threads: threads of the fast engine that share each batch; one feeds a GPU with small images.
-        kernel: what computes in the fast engine, ``numba``, ``torch`` (several times slower, always there) or ``auto``.
+        engine: ``fast`` (images of one size up to 64 px in memory, augmented in one thread; larger ones decoded and cropped
+            by workers, the rest on the device), ``torchvision`` (the reference: workers do it all) or ``auto``: fast.
+        num_workers: worker processes, where the engine has some.
+        threads: threads of the fast engine that share each batch of small images; one feeds a GPU.
+        kernel: what computes in the fast engine on a CPU, ``numba``, ``torch`` (several times slower, always there) or
+            ``auto``; on a GPU it is always torch.
         cache_dir: where decoded small images are kept; null: ``solo`` in the user's cache folder.
         download: let torchvision fetch the dataset into ``train_path``.
         no_labels: read an image folder without classes, whatever its folders are called.

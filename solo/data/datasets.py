@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from solo.data.cifar20 import superclasses
 from solo.data.config import DataConfig
+from solo.data.decoding import convert_channels
 from solo.data.digits import colored_digits, digits
 from solo.data.sources import (
     ArraySource,
@@ -20,9 +21,9 @@ from solo.data.sources import (
     FolderSource,
     Source,
     check_directory,
-    convert_channels,
     holds_images,
 )
+from solo.data.tar import TarSource
 from solo.errors import ConfigError
 from solo.registry import Registry
 
@@ -195,6 +196,16 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
     return EncodedSource(data, offsets, rows, labels[rows], [str(name) for name in names], config.in_chans or 3, path)
 
 
+def _tar(config: DataConfig, train: bool) -> Source | None:
+    """Each part is an uncompressed tar file of its own."""
+    path, key = _required(config, "a .tar file of images"), "data.train_path"
+    if not train:
+        if config.val_path is None:
+            return None
+        path, key = Path(config.val_path), "data.val_path"
+    return TarSource(path, "", config.in_chans or 3, key)
+
+
 _add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))
 _add("colored_digits", 10, 32, (0.418, 0.419, 0.421), (0.211, 0.206, 0.208), _embedded(colored_digits))
 _cifar_parts: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
@@ -214,4 +225,5 @@ _add("imagenet", 1000, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
 _add("imagenet100", 100, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
 _add("image_folder", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
 _add("npz", 0, 32, CIFAR10_MEAN, CIFAR10_STD, _npz)
+_add("tar", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _tar)
 _add("fake", 0, 32, (0.5,) * 3, (0.25,) * 3, _fake)

@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from solo.batch import Batch
 from solo.data.bad import BadImages
+from solo.data.decoding import BadImage
 from solo.data.engines import Engine, Payload, Slot
-from solo.data.engines.torchvision import clean, normalise, same, worker_count
+from solo.data.engines.torchvision import clean, normalise
+from solo.data.engines.workers import same, worker_count
 from solo.data.random import order
-from solo.data.sources import ArraySource, BadImage, Source
+from solo.data.sources import ArraySource, Source
 
 _CLEAN_WORKERS_FROM = 2048  # images; below, starting workers costs more than they save
 
@@ -63,10 +65,15 @@ class TrainLoader:
 
     Each iteration yields what is left of one epoch from ``position``; the next iteration begins the next epoch, whose
     first batches the engine makes while the last ones are trained. ``len`` is the whole epoch's, as Lightning expects.
+
+    Args:
+        finish_later: yield batches as the engine makes them; whoever brings them to the device then calls `finish`.
     """
 
-    def __init__(self, engine: Engine, order: Order, bad: BadImages) -> None:
+    def __init__(self, engine: Engine, order: Order, bad: BadImages, finish_later: bool = False) -> None:
         self.position = Position(0, 0)
+        self.finish = engine.finish
+        self._finish_later = finish_later
         self._engine, self._order, self._bad = engine, order, bad
         self._payloads: Generator[Payload, None, None] | None = None
         self._comes: Position | None = None  # what the engine's next batch is the first of
@@ -88,7 +95,7 @@ class TrainLoader:
                 self._bad.add(payload.failed)
                 if not left:  # before the yield: whoever knows the length does not ask for more
                     self._comes, complete = after, True
-                yield payload.batch
+                yield payload.batch if self._finish_later else self.finish(payload.batch)
         finally:
             if not complete:
                 payloads.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 
+from solo.batch import Batch
 from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
@@ -40,7 +41,7 @@ class DataModule(pl.LightningDataModule):
         spec: the dataset's row with the config's overrides and the classes found.
         selected: [N] positions, in the whole training set, of the images used.
         bad: unreadable training images met so far (``count``, ``names``).
-        report_dir: folder for ``bad_images.txt``, or ``None``.
+        report_dir: folder for ``bad_samples.jsonl``, or ``None``.
 
     Raises:
         ConfigError: the dataset is missing, empty, or contradicts the config.
@@ -56,6 +57,8 @@ class DataModule(pl.LightningDataModule):
         whole = row.open(config, True)
         assert whole is not None
         val = _judges(whole, row.open(config, False))
+        for key, source in (("train_path", whole), ("val_path", val)):
+            _check_labels(source, key)
         self.spec = _spec(row, config, whole)
         self.selected = _selection(config, whole.labels, labelled)
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
@@ -86,7 +89,7 @@ class DataModule(pl.LightningDataModule):
                 self._train = _read(self._train, self.bad, cache)
                 if self._val is not None and self.bad_val is not None:
                     self._val = _read(self._val, self.bad_val, cache)
-            self._engine_name = choose(self.config, self._train)
+            self._engine_name = choose(self.config)
         return self._engine_name
 
     @property
@@ -104,10 +107,14 @@ class DataModule(pl.LightningDataModule):
         engine = ENGINES[self.engine]
         self._close()
         order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
-        self._loader = TrainLoader(engine(self.job), order, self.bad)
+        self._loader = TrainLoader(engine(self.job), order, self.bad, finish_later=self.trainer is not None)
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """A training batch's views may have been left unfinished for the device it now is on."""
+        return batch if isinstance(batch, Batch) or self._loader is None else self._loader.finish(batch)
 
     def val_dataloader(self) -> CleanLoader | list[Any]:
         """Clean validation batches, or an empty list without validation images."""
@@ -248,6 +255,15 @@ def _judges(train: Source, val: Source | None) -> Source | None:
         if set(a) - set(b)
     ]
     raise ConfigError(f"data.val_path has other classes than data.train_path ({'; '.join(only) or 'in another order'})")
+
+
+def _check_labels(source: Source | None, key: str) -> None:
+    if source is None:
+        return
+    wrong = np.flatnonzero((source.labels < -1) | (source.labels >= max(len(source.classes), 1)))
+    if len(wrong):
+        first = f"{source.labels[wrong[0]]} of {source.name(int(wrong[0]))}"
+        raise ConfigError(f"data.{key}: {len(wrong)} labels lie outside 0..{len(source.classes) - 1}, the first: {first}")
 
 
 def _check_views(views: Sequence[View], spec: DatasetSpec) -> None:

@@ -1,7 +1,6 @@
 """Where images come from: memory, a folder, a file of encoded images, a torchvision dataset."""
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,26 +8,20 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from solo.console import say, warn
+from solo.data.decoding import BadImage, decode, read_file
 from solo.data.random import integers
 from solo.errors import ConfigError
 
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
-MAX_PIXELS = 80_000_000
-_ORIENTATION = 0x0112  # the EXIF tag
-
-
-class BadImage(Exception):
-    """An image that cannot be read; the message says why."""
 
 
 class Source(Protocol):
     """Images by number.
 
     A source that is slow to decode may have a method ``fingerprint() -> str``: another text whenever an image is another.
-    `solo.data.cache` then keeps small images in their decoded form.
+    `solo.data.cache` then keeps small images in their decoded form. One of encoded images has ``encoded(i) -> bytes``.
 
     Attributes:
         labels: [N] int64, -1 where there is none.
@@ -53,54 +46,15 @@ class Source(Protocol):
         ...
 
 
-def decode(file: io.BytesIO | str | Path, in_chans: int) -> np.ndarray:
-    """Any image Pillow reads, as [H, W, in_chans] uint8: RGB or grey, upright.
-
-    Raises:
-        BadImage: the bytes are no complete image, or declare more than `MAX_PIXELS`.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            image.load()
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-            return _channels(image if upright else ImageOps.exif_transpose(image), in_chans)
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-
-
-def _channels(image: Image.Image, in_chans: int) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow would clip, not scale
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    mode = "RGB" if in_chans == 3 else "L"
-    pixels = np.array(image if image.mode == mode else image.convert(mode))
-    return pixels.reshape(*pixels.shape[:2], in_chans)
-
-
 def digest(*words: object) -> str:
     """A short name for what the words say."""
     return hashlib.sha256(repr(words).encode()).hexdigest()[:24]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
     """What changes when a file does."""
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns
-
-
-def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
-    """[..., C] uint8 between grey and RGB, with Pillow's luma weights."""
-    if pixels.shape[-1] == in_chans:
-        return pixels
-    if in_chans == 3:
-        return np.repeat(pixels, 3, axis=-1)
-    luma = pixels.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000
-    return (luma >> 16).astype(np.uint8)[..., None]
 
 
 class ArraySource:
@@ -184,15 +138,19 @@ class EncodedSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def load(self, i: int) -> np.ndarray:
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image i."""
         row = self._rows[i]
-        return decode(io.BytesIO(self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()), self._in_chans)
+        return self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()
+
+    def load(self, i: int) -> np.ndarray:
+        return decode(self.encoded(i), self._in_chans)
 
     def name(self, i: int) -> str:
         return f"image {self._rows[i]}"
 
     def fingerprint(self) -> str:
-        return digest(str(self._path.resolve()), _stamp(self._path), self._rows.tobytes(), self._in_chans)
+        return digest(str(self._path.resolve()), stamp(self._path), self._rows.tobytes(), self._in_chans)
 
 
 class FolderSource:
@@ -229,14 +187,18 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def encoded(self, i: int) -> bytes:
+        """The bytes of file i; `BadImage` where they cannot be read."""
+        return read_file(self.root / self._files[i])
+
     def load(self, i: int) -> np.ndarray:
-        return decode(self.root / self._files[i], self._in_chans)
+        return decode(self.encoded(i), self._in_chans)
 
     def name(self, i: int) -> str:
         return str(self.root / self._files[i])
 
     def fingerprint(self) -> str:
-        stamps = [(file, *_stamp(self.root / file)) for file in self._files]
+        stamps = [(file, *stamp(self.root / file)) for file in self._files]
         return digest(str(self.root.resolve()), stamps, self._in_chans)
 
 
@@ -254,7 +216,7 @@ def _without_classes(files: list[str]) -> str | None:
 
 def holds_images(folder: Path) -> bool:
     """Whether an image file lies in ``folder`` itself or somewhere below."""
-    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
+    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def check_directory(path: Path, key: str) -> None:
@@ -279,14 +241,15 @@ def _image_files(root: Path) -> tuple[list[str], Counter[str]]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in names:
-            if _is_image(name):
+            if is_image(name):
                 files.append(Path(folder, name).relative_to(root).as_posix())
             else:
                 ignored[_extension(name) or name] += 1
     return sorted(files), ignored
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """By its extension, and not hidden."""
     return _extension(name) in EXTENSIONS and not name.startswith(".")
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from solo.data.cache import decoded
+from solo.data.decoding import BadImage
 from solo.data.random import integers
-from solo.data.sources import ArraySource, BadImage, Source, digest
+from solo.data.sources import ArraySource, Source, digest
 from solo.errors import DataError
 
 _MEMORY = 4 << 30  # bytes an array of images may take

@@ -8,7 +8,8 @@ from xml.parsers import expat
 
 import numpy as np
 
-from solo.data.sources import EXTENSIONS, BadImage, check_directory, decode
+from solo.data.decoding import BadImage, decode, read_file
+from solo.data.sources import EXTENSIONS, check_directory
 from solo.errors import ConfigError, DataError
 
 PARTS = ("Annotations", "ImageSets", "JPEGImages")
@@ -46,7 +47,7 @@ class VOCSource:
         for extension in (".jpg", *sorted(EXTENSIONS)):
             path = self._root / "JPEGImages" / f"{name}{extension}"
             if path.is_file():
-                return decode(path, self._in_chans)
+                return decode(read_file(path), self._in_chans)
         raise BadImage("there is no such file")
 
     def name(self, i: int) -> str:

@@ -8,8 +8,6 @@ import pytorch_lightning as pl
 import timm.data
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -41,6 +39,9 @@ def linear_accuracy(train: Features, test: Features, num_classes: int, *, regula
     Raises:
         DataError: the train labels are of fewer than two classes, or there is no test label.
     """
+    from sklearn.linear_model import LogisticRegression  # here: a run without a report does without
+    from sklearn.preprocessing import StandardScaler
+
     train, test = train.labelled(), test.labelled()
     if len(train.labels.unique()) < 2:
         raise DataError("a linear probe needs train labels of at least two classes")

@@ -3,15 +3,15 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from solo.checkpoint import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _INK, _GRID = "#333333", "#e4e4e4"
 _COLORS = ("#1f6fb4", "#e07b1a", "#3a9a4b", "#a04ab0")
@@ -38,6 +38,9 @@ class Picture:
 
 def draw(picture: Picture, path: Path) -> Path:
     """Write the picture as PNG and return its path."""
+    import matplotlib  # here: a run without a report does without
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": _INK, "axes.titlesize": 12, "axes.titleweight": "bold"}):
         figure = Figure(figsize=(16, 8), dpi=110, layout="constrained")
         left, middle, right = cast(Any, figure.subfigures(1, 3, width_ratios=[1.05, 1.2, 0.85], wspace=0.02))
@@ -55,6 +58,8 @@ def draw(picture: Picture, path: Path) -> Path:
 
 def draw_maps(maps: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> Path:
     """Write points [N, 2] coloured by their labels [N], titled by their key, side by side as PNG; all on one scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8 * len(maps), 8), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (title, (points, labels)) in zip(panels, maps.items(), strict=True):
@@ -65,14 +70,14 @@ def draw_maps(maps: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> Pat
     return path
 
 
-def _plain(axes: Axes, title: str) -> None:
+def _plain(axes: "Axes", title: str) -> None:
     axes.set_title(title, loc="left", color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _loss(axes: Axes, history: dict[str, list[tuple[int, float]]]) -> None:
+def _loss(axes: "Axes", history: dict[str, list[tuple[int, float]]]) -> None:
     _plain(axes, "Loss")
     curve = history.get("train/loss", [])
     if not curve:
@@ -88,7 +93,7 @@ def _loss(axes: Axes, history: dict[str, list[tuple[int, float]]]) -> None:
         axes.plot(steps, smooth, color=_COLORS[0], linewidth=2)
 
 
-def _accuracy(axes: Axes, history: dict[str, list[tuple[int, float]]], comparison: list[dict[str, Any]]) -> None:
+def _accuracy(axes: "Axes", history: dict[str, list[tuple[int, float]]], comparison: list[dict[str, Any]]) -> None:
     _plain(axes, "Accuracy on test images, %")
     axes.set_xlabel("optimizer step", color=_INK)
     names = [name for name in history if name.startswith("val/knn@")] + [name for name in history if name == "val/probe_acc1"]
@@ -102,14 +107,16 @@ def _accuracy(axes: Axes, history: dict[str, list[tuple[int, float]]], compariso
         axes.legend(frameon=False, fontsize=9)
 
 
-def _embedding(axes: Axes, title: str, points: np.ndarray, labels: np.ndarray) -> None:
+def _embedding(axes: "Axes", title: str, points: np.ndarray, labels: np.ndarray) -> None:
     axes.set_title(title, loc="left", color=_INK)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+    from matplotlib import colormaps
+
     classes = np.unique(labels[labels >= 0])
     few = len(classes) <= 20
-    palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "turbo"]
+    palette = colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "turbo"]
     colors = {c: palette(i if few else i / (len(classes) - 1)) for i, c in enumerate(classes)}
     shades = [colors.get(label, "#b0b0b0") for label in labels]
     axes.scatter(points[:, 0], points[:, 1], s=16, c=shades, alpha=0.8, linewidths=0)

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from solo.checkpoint import digest
@@ -170,6 +168,9 @@ def history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def embedding(features: Tensor) -> Tensor:
     """[N, D] features to [N, 2]: PCA to 50 dimensions, then t-SNE; PCA alone for fewer than 10 rows."""
+    from sklearn.decomposition import PCA  # here: a run without a report does without
+    from sklearn.manifold import TSNE
+
     rows = F.normalize(features, dim=-1).numpy()
     reduced = PCA(n_components=min(50, *rows.shape), random_state=0).fit_transform(rows)
     if len(rows) >= 10:

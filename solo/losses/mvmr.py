@@ -15,7 +15,7 @@ Sign = Literal["paper", "released"]
 SCALE = 32.0        # published divisor of embeddings and most representations; the clamp makes it matter
 _CLAMP = 1e-4       # smallest squared distance, as published
 _EPSILON = 1e-12    # named deviation: a constant embedding has a finite loss and gradient
-_WIDTH = 1 << 14    # columns that are held at once
+WIDTH = 1 << 14    # columns that are held at once
 
 
 class MVMRTerms(NamedTuple):
@@ -134,9 +134,9 @@ def _distances(features: Features) -> Tensor:
 
 
 def _columns(features: Features) -> Iterator[Tensor]:
-    """Blocks of at most `_WIDTH` centred columns: no distance changes, and float32 keeps its digits."""
+    """Blocks of at most `WIDTH` centred columns: no distance changes, and float32 keeps its digits."""
     for block in (features,) if isinstance(features, Tensor) else features:
-        for columns in block.split(_WIDTH, dim=1):
+        for columns in block.split(WIDTH, dim=1):
             columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
             yield columns - columns.mean(0)
 

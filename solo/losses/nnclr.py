@@ -1,10 +1,9 @@
 """Nearest-neighbour contrastive loss (Dwibedi et al. 2021, https://arxiv.org/abs/2104.14548)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solo.dist import gather, rank
+from solo.losses.contrast import InfoNCE
 from solo.precision import full_precision
 
 
@@ -12,7 +11,7 @@ from solo.precision import full_precision
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
     """InfoNCE of each neighbour against the predictions of the whole global batch (paper, eq. 4).
 
-    ``p`` is gathered over ranks with gradient, ``nn`` stays local; row i's positive is this rank's ``p_i``.
+    Gradients reach both, of all ranks; row i's positive is this rank's ``p_i``.
 
     Args:
         nn: [B, D] neighbours of one view's projections; normalised here.
@@ -22,7 +21,4 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
     Returns:
         Mean loss over the B local rows, a scalar.
     """
-    nn, p = F.normalize(nn, dim=-1), F.normalize(p, dim=-1)                      # [B, D]
-    logits = nn @ gather(p).T / temperature                                     # [B, world * B]
-    positives = torch.arange(len(nn), device=nn.device) + rank() * len(nn)      # [B]
-    return F.cross_entropy(logits, positives)
+    return InfoNCE.apply(F.normalize(nn, dim=-1), F.normalize(p, dim=-1), temperature)

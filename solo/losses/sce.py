@@ -6,19 +6,15 @@ is ``-sum_j w_j log softmax(a)_j = logsumexp(a) - q . t / temperature`` where ``
 are softmax attention over the keys: taken block by block, they leave nothing as long as the queue in memory.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from solo.dist import gather, rank
+from solo.losses.attention import LogSumExp, attend
 from solo.precision import full_precision
-
-_BLOCK = 2048       # keys at a time
 
 
 def sce_loss_func(
@@ -89,14 +85,14 @@ def sce_multicrop_loss_func(
         own = F.normalize(torch.stack(list(k)), dim=-1)                                             # [G, N, D]
         batch = gather(own.transpose(0, 1)).unbind(1) if in_batch else None                         # G x [world * N, D]
         targets = _targets(own, queue, batch, temperature_m, coeff, mask_self)                      # [G, N, D]
-    past = None if queue is None else _LogSumExp.apply(online, queue, temperature, None)            # [V, N]
+    past = None if queue is None else LogSumExp.apply(online, queue, temperature, None)            # [V, N]
     losses = []
     for g, v in pairs:
         parts = [(online[v] * own[g]).sum(-1) / temperature]                                        # each [N]
         if past is not None:
             parts.append(past[v])
         if batch is not None:
-            parts.append(_LogSumExp.apply(online[v], batch[g], temperature, rank() * own.shape[1]))
+            parts.append(LogSumExp.apply(online[v], batch[g], temperature, rank() * own.shape[1]))
         positive = (online[v] * targets[g]).sum(-1) / temperature                                   # [N]
         losses.append((torch.stack(parts).logsumexp(0) - positive).mean())
     return torch.stack(losses).mean()
@@ -108,58 +104,11 @@ def _targets(
     """The mean of each row's keys under its target distribution, [G, N, D]."""
     parts = [] if mask_self else [(own.new_zeros(own.shape[:-1]), own)]     # itself, at similarity 0
     if queue is not None:
-        parts.append(_attend(own, queue, temperature))
+        parts.append(attend(own, queue, temperature))
     if batch is not None:
-        views = [_attend(rows, keys, temperature, rank() * len(rows)) for rows, keys in zip(own, batch, strict=True)]
+        views = [attend(rows, keys, temperature, rank() * len(rows)) for rows, keys in zip(own, batch, strict=True)]
         sums, means = zip(*views, strict=True)
         parts.append((torch.stack(sums), torch.stack(means)))
     lse, mean = (torch.stack(part) for part in zip(*parts, strict=True))                            # [P, G, N], [P, G, N, D]
     similar = (lse.softmax(0)[..., None] * mean).sum(0)                                             # [G, N, D]
     return coeff * own + (1 - coeff) * similar
-
-
-class _LogSumExp(torch.autograd.Function):
-    """The first result of `_attend`; the second, its gradient, is all that is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, keys: Tensor, temperature: float, own: int | None) -> Tensor:
-        lse, mean = _attend(rows, keys, temperature, own)
-        ctx.save_for_backward(mean)
-        ctx.temperature = temperature
-        return lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (mean,) = ctx.saved_tensors
-        return (grad / ctx.temperature)[..., None] * mean, None, None, None
-
-
-def _attend(rows: Tensor, keys: Tensor, temperature: float, own: int | None = None) -> tuple[Tensor, Tensor]:
-    """``logsumexp(rows keys^T / temperature)`` and ``softmax(rows keys^T / temperature) keys``, block by block.
-
-    Args:
-        rows: [..., D]; [N, D] with ``own``.
-        keys: [K, D].
-        own: leave out, for row i, key ``own + i``.
-
-    Returns:
-        [...] and [..., D].
-    """
-    flat = rows.reshape(-1, rows.shape[-1]) / temperature                                           # [N, D]
-    number = torch.arange(len(keys), device=keys.device) if own is not None else None
-    top = flat.new_full((len(flat),), -math.inf)                                                    # [N]
-    total, mean = torch.zeros_like(top), torch.zeros_like(flat)                                     # [N], [N, D]
-    for start in range(0, len(keys), _BLOCK):
-        block = keys[start : start + _BLOCK]                                                        # [b, D]
-        a = flat @ block.T                                                                          # [N, b]
-        if own is not None and number is not None:
-            a.masked_fill_(number[start : start + _BLOCK] == number[own : own + len(flat), None], torch.finfo(a.dtype).min)
-        above = torch.maximum(top, a.amax(1))
-        a = a.sub_(above[:, None]).exp_()
-        shrink = (top - above).exp()
-        total = total * shrink + a.sum(1)
-        mean = torch.addmm(mean * shrink[:, None], a, block)
-        top = above
-    lse, mean = top + total.log(), mean / total[:, None]
-    return lse.view(rows.shape[:-1]), mean.view(rows.shape)

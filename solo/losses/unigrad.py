@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, relu
 
 from solo.dist import all_reduce, gather, world_size
+from solo.losses.attention import attend
 from solo.precision import full_precision
 
 Pair = tuple[Tensor, Tensor]
@@ -88,9 +89,9 @@ def simclr_gradients(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, *, temperat
     bank = gather(torch.cat(targets))                                           # [world * 2 B, D]
 
     def view(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = z @ bank.T / temperature                                       # [B, world * 2 B]
-        positive, negative = -m / temperature, logits.softmax(1) @ bank / temperature
-        return positive, negative, _dot(z, positive) + logits.logsumexp(1).mean()
+        lse, mean = attend(z, bank, temperature)                                # [B], [B, D]
+        positive, negative = -m / temperature, mean / temperature
+        return positive, negative, _dot(z, positive) + lse.mean()
 
     return _both(view, _unit(z1, z2), targets)
 
@@ -100,10 +101,10 @@ def moco_gradients(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, queue: Tensor
     """MoCo: SimCLR's with v over the row's own target and a queue [K, D] of past ones, normalised rows."""
 
     def view(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = (z * m).sum(1, keepdim=True)                                      # [B, 1]
-        logits = torch.cat([own, z @ queue.T], dim=1) / temperature             # [B, 1 + K]
-        weights = logits.softmax(1)
-        positive, negative = -m / temperature, (weights[:, :1] * m + weights[:, 1:] @ queue) / temperature
+        past, mean = attend(z, queue, temperature)                              # [B], [B, D]
+        logits = torch.stack([(z * m).sum(1) / temperature, past], dim=1)       # [B, 2], the own target and the queue
+        own, others = logits.softmax(1).split(1, dim=1)                         # [B, 1] each
+        positive, negative = -m / temperature, (own * m + others * mean) / temperature
         return positive, negative, _dot(z, positive) + logits.logsumexp(1).mean()
 
     return _both(view, _unit(z1, z2), _unit(m1, m2))

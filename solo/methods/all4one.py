@@ -54,6 +54,7 @@ class All4One(Method):
             require(self, positive="temperature centroid_temperature", at_least_0="transformer_lr", at_least_1=sizes,
                     below_1="dropout", also=also)
 
+    gathers = "keys"
     local_terms = {"feature": 0.5}      # as published
     position: Tensor
 
@@ -79,7 +80,8 @@ class All4One(Method):
         m1, m2 = map(unit, self.each(self.teacher, batch.views))                # [B, D], constants
 
         k = self.config.neighbours
-        (n1, y1), (n2, _) = self.queue.nearest(m1, k), self.queue.nearest(m2, k)  # [B, k, D], [B, k]
+        n, y = self.queue.nearest(torch.cat([m1, m2]), k)                       # [2 B, k, D], [2 B, k]
+        n1, n2 = n.chunk(2)                                                     # [B, k, D]
         self.queue.push(m1, batch.labels)
         a1, a2 = n1, n2                                                         # [B, k, D]
         b1, b2 = self._shifted(z1, n1), self._shifted(z2, n2)                   # [B, k, D]
@@ -90,7 +92,7 @@ class All4One(Method):
             (a1, a2), (b1, b2), (n1[:, 0], n2[:, 0]), (p1, p2), (z1, z2), (m1, m2),
             temperature=self.config.temperature, centroid_temperature=self.config.centroid_temperature,
         )
-        return {"feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y1[:, 0], batch.labels), **terms._asdict()}
+        return {"feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[: len(m1), 0], batch.labels), **terms._asdict()}
 
     def _shifted(self, z: Tensor, neighbours: Tensor) -> Tensor:
         """The second prediction in front of all neighbours but the last."""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,7 @@ from solo.registry import Registry
 from solo.schedules import SchedulerConfig, learning_rate
 
 METHODS: Registry[type["Method"]] = Registry("solo.methods")
+Gathers = Literal["none", "keys", "statistics"]
 
 
 class Method(pl.LightningModule):
@@ -41,6 +42,10 @@ class Method(pl.LightningModule):
         seed: with rank, epoch and batch it decides every random number of a step.
         local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
             without them the loss does not notice how many processes there are.
+        gathers: what an image's loss takes from the other images of the global batch, `local_terms` left out: ``none``;
+            ``keys``, each of which it is compared with; or ``statistics``, means over all of them. With ``none``
+            micro-batches are exactly one batch, with the others they are not. A class attribute, or a property where the
+            config decides.
         stepped: what the last optimizer step moved, to be logged, e.g. ``{"tau": 0.99}``.
     """
 
@@ -65,6 +70,10 @@ class Method(pl.LightningModule):
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
         self._checked = False
+
+    @property
+    def gathers(self) -> Gathers:
+        return "none"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One step's ``"loss"``, the backbone's ``"feats"`` [V * B, dim] of all large views, and scalars to log."""
@@ -174,6 +183,8 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
+        if self.each.mode == "concat" and not self.each.used:
+            raise ConfigError(f"view_batching=concat: {type(self).__name__} runs its networks without self.each: use separate")
         outputs["feats"] = outputs["feats"].detach()
         return outputs
 

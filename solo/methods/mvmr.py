@@ -1,5 +1,6 @@
 """MV-MR: multi-views and multi-representations (Kinakh et al. 2023, https://arxiv.org/abs/2303.12130)."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -55,8 +56,11 @@ class MVMR(Method):
                     REPRESENTATIONS[name]
                 except UnknownName as error:
                     problems.append(f"representations: {error}")
-                if weight < 0:
-                    problems.append(f"representations.{name} must not be negative, got {weight}")
+                if not 0 <= weight < math.inf:
+                    problems.append(f"representations.{name} must be at least 0, got {weight}")
+            terms = (self.invariance_weight, self.variance_weight, self.views_weight, *self.representations.values())
+            if not any((*terms, self.teacher and self.teacher_weight)):
+                problems.append("invariance_weight and all other weights are 0: nothing is left to learn from")
             if self.teacher is None and self.teacher_weight != 1:
                 problems.append(f"teacher_weight={self.teacher_weight:g} weighs nothing: there is no teacher")
             weights = "invariance_weight variance_weight views_weight teacher_weight"

@@ -1,5 +1,6 @@
 """SCE: Similarity Contrastive Estimation (Denize et al. 2023, https://arxiv.org/abs/2111.14585)."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from solo.batch import Batch
 from solo.losses import sce_multicrop_loss_func
-from solo.methods.base import METHODS, Method
+from solo.methods.base import METHODS, Gathers, Method
 from solo.nn import Momentum, Queue, Teacher, mlp
 from solo.ranges import require
 from solo.schedules import Ramp, ends, value_at
@@ -48,7 +49,8 @@ class SCE(Method):
 
         def __post_init__(self) -> None:
             rules = (
-                (min(ends(self.temperature_m)) > 0, f"temperature_m must be positive, got {self.temperature_m}"),
+                (all(0 < end < math.inf for end in ends(self.temperature_m)),
+                 f"temperature_m must be positive, got {self.temperature_m}"),
                 (all(0 <= end <= 1 for end in ends(self.coeff)), f"coeff must lie in [0, 1], got {self.coeff}"),
                 (self.queue_size or self.in_batch, "queue_size=0 leaves no image to compare with: set in_batch=true"),
                 (self.mask_self or not self.in_batch, "in_batch=true compares an image with itself: set mask_self=true"),
@@ -68,6 +70,10 @@ class SCE(Method):
         self.predictor = mlp(out, config.pred_hidden_dim, out, bias=False) if config.pred_hidden_dim else nn.Identity()
         self.teacher = Teacher(backbone, self.projector, momentum=config.momentum)
         self.queue = Queue(config.queue_size, out, views=1 + config.symmetric) if config.queue_size else None
+
+    @property
+    def gathers(self) -> Gathers:
+        return "keys" if self.config.in_batch else "none"
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config

@@ -21,7 +21,7 @@ from solo.losses.unigrad import (
     unigrad_gradients,
     vicreg_gradients,
 )
-from solo.methods.base import METHODS, Method
+from solo.methods.base import METHODS, Gathers, Method
 from solo.nn import Correlation, Momentum, Queue, Teacher, mlp
 from solo.ranges import require
 
@@ -36,6 +36,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "barlow": {"lambda_": 50.0},
     "vicreg": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},
 }
+_GATHERS: dict[str, Gathers] = {**dict.fromkeys(CONSTANTS, "statistics"), "simclr": "keys", "moco": "none"}
 _BOUNDS = {"rho": (0, 1), "temperature": (1e-3, math.inf), "eigen_every": (1, math.inf), "queue_size": (1, math.inf)}
 
 
@@ -80,7 +81,7 @@ class UniGrad(Method):
                     setattr(self, name, own.get(name))
                 elif name not in own:
                     problems.append(f"{name}={value} means nothing to form={self.form}, which has {', '.join(own)}")
-                elif not low <= value <= high:
+                elif not (math.isfinite(value) and low <= value <= high):
                     problems.append(f"{name} must lie between {low} and {high}, got {value}")
             if self.cutmix and self.momentum is None:
                 problems.append("cutmix needs a teacher, which sees the images unmixed: leave momentum=null or cutmix away")
@@ -104,6 +105,10 @@ class UniGrad(Method):
                 self.predictor = DirectPredictor(out, c["rho"], c["eps"], c["eigen_every"])
             case "moco":
                 self.queue = Queue(c["queue_size"], out, views=2)
+
+    @property
+    def gathers(self) -> Gathers:
+        return _GATHERS[self.config.form]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         views, other, share = cutmix(batch.views, self.config.cutmix)
@@ -149,6 +154,8 @@ class UniGrad(Method):
 class DirectPredictor(Correlation):
     """The predictor that DirectPred derives from F instead of learning it.
 
+    Where one is due, each micro-batch derives its own, and the one that stays is that of the whole step.
+
     Args:
         dim: width D.
         rho: decay of F.
@@ -164,16 +171,31 @@ class DirectPredictor(Correlation):
         self.eps, self.every = eps, every
         self.register_buffer("W", torch.zeros(dim, dim))                        # [D, D]
         self.register_buffer("largest", torch.ones(()))
+        self._count = 0                     # `steps` on the host: reading it from a GPU would wait for it
+        self._derived: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def forward(self, m1: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """W and A [D, D] of `directpred_gradients`, with this micro-batch counted in."""
         F = super().forward(m1, m2)
-        if self.every == 1 or int(self.steps) % self.every == 0:
-            W, largest = direct_predictor(F, self.eps)
+        self._derived = direct_predictor(F, self.eps) if self._count % self.every == 0 else None
+        W, largest = self._derived or (self.W, self.largest)
+        return W, direct_metric(F, largest, self.eps)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> dict[str, float]:
+        derived, micro_batches, self._derived = self._derived, self._batches, None
+        self._count += self._pending is not None
+        super().after_step(progress)
+        if derived is not None:
+            W, largest = derived if micro_batches == 1 else direct_predictor(self.value, self.eps)
             self.W.copy_(W)
             self.largest.copy_(largest)
-        return self.W, direct_metric(F, self.largest, self.eps)
+        return {}
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._count = int(self.steps)
 
 
 def cutmix(views: Sequence[Tensor], alpha: float) -> tuple[Sequence[Tensor], Tensor, float]:

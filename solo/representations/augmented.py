@@ -1,27 +1,29 @@
 """A randomly augmented copy of each image, made on the device in one batch."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from solo.losses.mvmr import SCALE
-from solo.representations.base import REPRESENTATIONS
+from solo.representations.base import REPRESENTATIONS, bands
 
 _LUMA = (0.2989, 0.587, 0.114)
 _LOG_RATIO = math.log(4 / 3)
 
 
 @REPRESENTATIONS.register("augmented")
-def augmented(images: Tensor) -> Tensor:
-    """Another random crop, flip, colours and blur of each normalised image, divided by 32: [B, C * H * W].
+def augmented(images: Tensor) -> Iterator[Tensor]:
+    """Another random crop, flip, colours and blur of each normalised image, divided by 32, in `bands`.
 
     Scales, strengths and probabilities as published. Named deviations: each image has its own random numbers, where
     the published code draws one set per batch; colours are not clamped to 0..1, which there destroys every negative
     value of a normalised image, so hue is a rotation about the grey axis; a crop longer than a side is cut to it.
     """
-    return _blurred(_recoloured(_cropped(images))).flatten(1) / SCALE
+    copies = _blurred(_recoloured(_cropped(images)))        # an image is held, the blocks are parts of it
+    return (band.flatten(1) / SCALE for band in bands(copies))
 
 
 def _uniform(x: Tensor, low: float, high: float) -> Tensor:

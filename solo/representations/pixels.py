@@ -9,23 +9,24 @@ from torch import Tensor
 
 from solo.errors import ConfigError
 from solo.losses.mvmr import SCALE
-from solo.representations.base import REPRESENTATIONS
+from solo.representations.base import REPRESENTATIONS, bands
 
 _BINS, _CELL = 24, 8
 
 
 @REPRESENTATIONS.register("raw")
-def raw(images: Tensor) -> Tensor:
-    """The pixels, divided by 32 as published."""
-    return images.flatten(1) / SCALE
+def raw(images: Tensor) -> Iterator[Tensor]:
+    """The pixels, divided by 32 as published, in `bands`."""
+    return (band.flatten(1) / SCALE for band in bands(images))
 
 
 @REPRESENTATIONS.register("local_std")
-def local_std(images: Tensor) -> Tensor:
-    """Standard deviation of each pixel's 3 x 3 neighbourhood, reflected at the border: [B, C * H * W]."""
-    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    variance = F.avg_pool2d(x.square(), 3, 1) - F.avg_pool2d(x, 3, 1).square()
-    return (variance + 1e-8).clamp(min=0).sqrt().flatten(1)
+def local_std(images: Tensor) -> Iterator[Tensor]:
+    """Standard deviation of each pixel's 3 x 3 neighbourhood, reflected at the border, in `bands`."""
+    for x in bands(images, beyond=1):
+        x = F.pad(x, (1, 1, 0, 0), mode="reflect")
+        variance = F.avg_pool2d(x.square(), 3, 1) - F.avg_pool2d(x, 3, 1).square()
+        yield (variance + 1e-8).clamp(min=0).sqrt().flatten(1)
 
 
 @REPRESENTATIONS.register("hog")

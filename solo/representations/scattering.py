@@ -20,8 +20,8 @@ _AT_ONCE = 1 << 23      # complex numbers that are transformed at once
 
 @REPRESENTATIONS.register("scattering")
 def scattering(images: Tensor) -> Iterator[Tensor]:
-    """81 maps of a quarter of the resolution per colour channel, divided by 32 as published, in 17 blocks."""
-    return (maps.flatten(1) / SCALE for maps in scattering_maps(images))
+    """81 maps of a quarter of the resolution per colour channel, divided by 32 as published, in 17 blocks of each."""
+    return (channel.flatten(1) / SCALE for maps in scattering_maps(images) for channel in maps.unbind(1))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def _worker(rank: int, function: Callable[..., Any], world: int, port: int, queu
     )
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))   # ranks out of step fail
         queue.put((rank, function(rank, *args), None))
         dist.barrier()
         dist.destroy_process_group()

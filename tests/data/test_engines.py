@@ -18,9 +18,9 @@ from scipy.ndimage import gaussian_filter
 
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
-from solo.data.engines import Job, Slot, fast, kernel_torch
+from solo.data.engines import Job, Slot, kernel_torch, kernels
 from solo.data.engines import torchvision as reference
-from solo.data.engines.fast import FastEngine, Memory
+from solo.data.engines.small import Memory, SmallEngine
 from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.random import Draws
 from solo.data.sources import ArraySource
@@ -139,7 +139,7 @@ PLAN = [Slot(2, np.arange(i, i + 8)[::-1].copy()) for i in range(0, 48, 8)]
 
 
 def test_batches_are_equal_whoever_makes_them(kernel: str) -> None:
-    quick = list(FastEngine(job(kernel=kernel)).batches(PLAN))
+    quick = list(SmallEngine(job(kernel=kernel)).batches(PLAN))
     for workers in (0, 2):
         engine = TorchvisionEngine(job(num_workers=workers))
         for mine, theirs, slot in zip(quick, engine.batches(PLAN), PLAN, strict=True):
@@ -153,9 +153,9 @@ def test_batches_are_equal_whoever_makes_them(kernel: str) -> None:
 
 
 def test_an_image_is_the_same_in_any_batch(kernel: str) -> None:
-    for engine in (FastEngine(job(kernel=kernel)), TorchvisionEngine(job(num_workers=0))):
+    for engine in (SmallEngine(job(kernel=kernel)), TorchvisionEngine(job(num_workers=0))):
         one, many = (list(engine.batches(plan))[0].batch for plan in ([Slot(2, np.array([5]))], [Slot(2, np.array([9, 5, 1]))]))
-        exact = kernel == "numba" and isinstance(engine, FastEngine)
+        exact = kernel == "numba" and isinstance(engine, SmallEngine)
         assert torch.allclose(one.views[0][0], many.views[0][1], rtol=0, atol=0 if exact else 1e-5)
         other = next(engine.batches([Slot(3, np.array([5]))])).batch
         assert not torch.allclose(one.views[0], other.views[0], atol=1e-2)
@@ -163,7 +163,7 @@ def test_an_image_is_the_same_in_any_batch(kernel: str) -> None:
 
 def test_the_number_of_threads_changes_nothing(kernel: str) -> None:
     def views(threads: int) -> torch.Tensor:
-        engine = FastEngine(job(kernel=kernel, threads=threads))
+        engine = SmallEngine(job(kernel=kernel, threads=threads))
         return torch.stack([payload.batch.views[0] for payload in engine.batches(PLAN)])
 
     for threads in (3, 16):
@@ -176,7 +176,7 @@ def test_what_is_drawn_is_what_torchvision_draws(kernel: str) -> None:
     source = ArraySource(np.stack([ramp] * 600), np.zeros(600), ["a"])
     views = [full_view(8)]
     shared = Job(source, views, (0.0,) * 3, (1.0,) * 3, 1, DataConfig(dataset="fake", kernel=kernel))
-    quick = next(FastEngine(shared).batches([Slot(0, np.arange(600))])).batch.views[0]
+    quick = next(SmallEngine(shared).batches([Slot(0, np.arange(600))])).batch.views[0]
     other = dataclasses.replace(shared, seed=2, config=DataConfig(dataset="fake", num_workers=0))
     slow = next(TorchvisionEngine(other).batches([Slot(0, np.arange(600))])).batch.views[0]
     for channel, y, x in [(0, 0, 0), (1, 4, 4), (2, 7, 3)]:
@@ -213,13 +213,13 @@ def test_memory_held_by_a_graph_is_not_reused() -> None:
 
 
 def test_batches_that_are_kept_do_not_change() -> None:
-    kept = list(FastEngine(job()).batches(PLAN * 3))
-    for payload, again in zip(kept, FastEngine(job()).batches(PLAN * 3), strict=True):
+    kept = list(SmallEngine(job()).batches(PLAN * 3))
+    for payload, again in zip(kept, SmallEngine(job()).batches(PLAN * 3), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(payload.batch.views, again.batch.views, strict=True))
 
 
 def test_memory_does_not_grow() -> None:
-    engine, seen = FastEngine(job()), set()
+    engine, seen = SmallEngine(job()), set()
     for payload in engine.batches(PLAN * 20):
         seen.add(payload.batch.views[0].data_ptr())
     assert len(seen) <= 8
@@ -229,9 +229,9 @@ def test_without_numba_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "numba", None)
     for name in ("kernel_numba", "chain", "jit"):
         monkeypatch.delitem(sys.modules, f"solo.data.engines.{name}", raising=False)
-    assert fast.kernel("auto") is kernel_torch.TorchKernel
+    assert kernels.kernel("auto") is kernel_torch.TorchKernel
     with pytest.raises(EnvironmentFault, match=r"data.kernel=numba.*pip install 'solo-ssl\[fast\]'"):
-        fast.kernel("numba")
+        kernels.kernel("numba")
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -239,7 +239,7 @@ def engine_threads() -> list[threading.Thread]:
 
 
 def test_dropping_an_iterator_ends_its_thread() -> None:
-    batches = FastEngine(job()).batches(PLAN)
+    batches = SmallEngine(job()).batches(PLAN)
     next(batches)
     assert len(engine_threads()) == 1
     del batches
@@ -248,7 +248,7 @@ def test_dropping_an_iterator_ends_its_thread() -> None:
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FastEngine(job())
+    engine = SmallEngine(job())
     make = engine._make
 
     def fail_third(slot: Slot) -> object:
@@ -265,7 +265,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch: pytest.MonkeyP
 
 
 def test_the_thread_does_not_run_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FastEngine(job())
+    engine = SmallEngine(job())
     made: list[Slot] = []
     monkeypatch.setattr(engine, "_make", lambda slot: made.append(slot))
     batches = engine.batches(PLAN * 10)
@@ -295,7 +295,7 @@ def test_global_generators_are_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(TorchvisionEngine(job(num_workers=0)).batches(PLAN))
-    list(FastEngine(job()).batches(PLAN))
+    list(SmallEngine(job()).batches(PLAN))
     assert torch.equal(before, torch.get_rng_state())
 
 

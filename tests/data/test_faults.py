@@ -1,6 +1,8 @@
 """What wrong data gets: one line that names the key, or a replacement that is counted."""
 
+import errno
 import io
+import json
 import logging
 import os
 import signal
@@ -8,18 +10,24 @@ import struct
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from solo.data import bad as bad_file
+from solo.data import decoding
+from solo.data.decoding import BadImage, decode
+from solo.data.engines import workers
 from solo.data.module import DataConfig, DataModule
-from solo.data.sources import BadImage, FakeSource, decode
+from solo.data.random import order
+from solo.data.sources import FakeSource
 from solo.data.views import View
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from solo.testing import run_ranks
-from tests.data.common import make_folder, picture
+from tests.data.common import full_view, make_folder, picture
 
 VIEWS = [View(crop_size=16)]
 
@@ -84,14 +92,6 @@ def test_classes_of_training_and_validation_differ(tmp_path: Path) -> None:
     assert "only in training: dog" in said and "only in validation: fox" in said
 
 
-def test_engine_that_cannot_names_one_that_can(tmp_path: Path) -> None:
-    make_folder(tmp_path, {"a": 8}, size=(80, 70))
-    data = folder(tmp_path, engine="fast")
-    with pytest.raises(ConfigError, match="data.engine=fast cannot be used: .*64 px.*data.engine=torchvision can"):
-        data.train_dataloader()
-    assert folder(tmp_path).engine == "torchvision"
-
-
 @pytest.mark.parametrize("change", [{"fraction": 0.0}, {"num_workers": -1}, {"timeout": 0.0}, {"in_chans": 2}, {"std": [0.0]}])
 def test_config_ranges(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -154,14 +154,14 @@ def test_every_kind_of_image_becomes_rgb() -> None:
         "animated": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
     }
     for name, file in cases.items():
-        pixels = decode(file, 3)
+        pixels = decode(file.getvalue(), 3)
         assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable, name
-        grey = decode(io.BytesIO(file.getvalue()), 1)
+        grey = decode(file.getvalue(), 1)
         assert grey.shape == (20, 30, 1), name
         if name != "one bit":
             assert np.abs(grey[..., 0].astype(int) - np.asarray(rgb.convert("L"))).mean() < 12, name
-    assert decode(encoded(rgb, "JPEG", exif=exif), 3).shape == (30, 20, 3)
-    assert decode(encoded(Image.new("RGB", (1, 5000)), "PNG"), 3).shape == (5000, 1, 3)
+    assert decode(encoded(rgb, "JPEG", exif=exif).getvalue(), 3).shape == (30, 20, 3)
+    assert decode(encoded(Image.new("RGB", (1, 5000)), "PNG").getvalue(), 3).shape == (5000, 1, 3)
 
 
 def bomb() -> bytes:
@@ -186,7 +186,7 @@ KINDS = ["empty", "noise", "truncated", "bomb", "html"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_bytes_are_a_bad_image(kind: str) -> None:
     with pytest.raises(BadImage):
-        decode(io.BytesIO(broken(kind)), 3)
+        decode(broken(kind), 3)
 
 
 def bad_folder(root: Path, total: int = 60) -> list[Path]:
@@ -222,6 +222,117 @@ def test_bad_images_are_replaced_named_once_and_counted(
     data.teardown("fit")
 
 
+def listing(run: Path) -> list[str]:
+    return [json.loads(line)["name"] for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path / "images")
+    for _ in range(2):
+        data = folder(tmp_path / "images", engine=engine, num_workers=0, max_bad_fraction=0.2, batch_size=6)
+        data.report_dir = tmp_path / "run"
+        list(data.train_dataloader())
+        assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+@pytest.mark.parametrize("side", [20, 70])
+def test_a_stand_in_keeps_the_numbers_of_the_image_it_replaces(engine: str, side: int, tmp_path: Path) -> None:
+    """All images are one image, so that only the numbers can differ: a bad one must change nothing."""
+    paths = make_folder(tmp_path, {"a": 12}, size=(side, side))
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+
+    def views() -> torch.Tensor:
+        data = module(6, [full_view(16)], dataset="image_folder", train_path=str(tmp_path), engine=engine, num_workers=0,
+                      max_bad_fraction=0.5)
+        return torch.cat([batch.views[0] for batch in data.train_dataloader()])
+
+    whole = views()
+    paths[3].write_bytes(b"no image")
+    paths[7].write_bytes(b"")
+    assert torch.equal(whole, views()) and not torch.equal(whole[0], whole[1])
+
+
+def test_a_stand_in_that_is_bad_too_is_replaced_anew(tmp_path: Path) -> None:
+    """Most images are bad, so that chains of stand-ins are long; every engine follows the same ones."""
+    paths = make_folder(tmp_path, {"a": 20})
+    for path in paths[:17]:
+        path.write_bytes(b"")
+    seen = []
+    for engine in ("fast", "torchvision"):
+        data = module(20, dataset="image_folder", train_path=str(tmp_path), engine=engine, num_workers=0, max_bad_fraction=1.0)
+        seen.append([batch.index.tolist() for loader in [data.train_dataloader()] for _ in range(3) for batch in loader])
+        assert all(set(shown) == {17, 18, 19} for shown in seen[-1])
+    assert seen[0] == seen[1] and seen[0][0] != seen[0][1]
+
+
+def test_what_a_stuck_worker_was_at_is_named() -> None:
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = Slow(64, 32, 10, 3, seed=0)
+    first = int(order(1, 0, 64)[0])
+    with pytest.raises(EnvironmentFault, match=f"rank 0: no batch .* waiting for the batch that begins with {first}$"):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+
+
+def test_a_passing_error_is_tried_again_and_a_lasting_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    path = make_folder(tmp_path, {"a": 1})[0]
+    content, left = path.read_bytes(), [errno.EIO, errno.ESTALE, errno.EIO]
+
+    def flaky(self: Path) -> bytes:
+        if left:
+            raise OSError(left.pop(), "no luck")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    assert decoding.read_file(path) == content
+    left += [errno.EIO] * 4
+    with pytest.raises(BadImage, match="no luck"):
+        decoding.read_file(path)
+    left[:] = [errno.EACCES, errno.EACCES]
+    with pytest.raises(BadImage):
+        decoding.read_file(path)
+    assert left == [errno.EACCES]
+    left[:] = [errno.EMFILE]
+    with pytest.raises(EnvironmentFault, match="too many open files.*ulimit -n"):
+        decoding.read_file(path)
+
+
+@pytest.mark.parametrize(("free", "said"), [(10_000, "lower data.num_workers"), (60_000, "makes only one ahead")])
+def test_too_little_shared_memory_is_said_before_it_is_needed(
+    free: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One worker's batch of 16 views of 16 px: 48 KiB as floats; two ahead would be 96."""
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: free)
+    data = module(16, dataset="fake", engine="torchvision", num_workers=1)
+    if free < 16 * 3 * 16 * 16 * 4:
+        with pytest.raises(EnvironmentFault, match=said):
+            next(iter(data.train_dataloader()))
+    else:
+        assert len(next(iter(data.train_dataloader())).index) == 16 and said in caplog.text
+    data.teardown("fit")
+
+
+def test_open_files_do_not_grow_over_epochs() -> None:
+    data = module(8, dataset="fake", engine="torchvision", num_workers=1)
+    loader, counts = data.train_dataloader(), []
+    for _ in range(4):
+        list(loader)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    data.teardown("fit")
+    assert max(counts[1:]) <= counts[0] + 4
+
+
+def test_labels_out_of_range(tmp_path: Path) -> None:
+    arrays = {"jpeg": np.zeros(10, np.uint8), "offsets": np.array([0, 5, 10]), "labels": np.array([0, 3], np.uint8)}
+    np.savez(tmp_path / "data.npz", **arrays, split=np.zeros(2, np.uint8), classes=np.array(["a"]))
+    with pytest.raises(ConfigError, match=r"data.train_path: 1 labels lie outside 0..0, the first: 3 of image 1"):
+        module(dataset="npz", train_path=str(tmp_path / "data.npz"))
+
+
 @pytest.mark.parametrize("engine", ["fast", "torchvision"])
 def test_too_many_bad_images_stop_with_a_list(engine: str, tmp_path: Path) -> None:
     bad = bad_folder(tmp_path / "images")
@@ -230,15 +341,15 @@ def test_too_many_bad_images_stop_with_a_list(engine: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"of 60 images cannot be read, more than data.max_bad_fraction=0.05; listed in"):
         for _ in range(2):
             list(data.train_dataloader())
-    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
-    assert {line.split("\t")[0] for line in listed} <= {str(path) for path in bad} and len(listed) > 3
+    listed = listing(tmp_path / "run")
+    assert set(listed) <= {str(path) for path in bad} and len(listed) > 3
 
 
 def test_without_a_report_folder_the_first_names_are_said(tmp_path: Path) -> None:
     bad = bad_folder(tmp_path)
     with pytest.raises(DataError) as caught:
         folder(tmp_path, engine="fast").train_dataloader()
-    assert str(bad[0]) in str(caught.value) and not list(Path.cwd().glob("bad_images.txt"))
+    assert str(bad[0]) in str(caught.value) and not list(Path.cwd().glob("bad_samples.jsonl"))
 
 
 class Slow(FakeSource):
@@ -285,4 +396,19 @@ def test_bad_images_are_those_of_all_ranks(tmp_path: Path) -> None:
     # 3 of 60 would pass a limit of 4 on each rank alone; the 5 of both do not
     (_, ended, _), (_, other, _) = run_ranks(bad_of_two, tmp_path / "images", 4 / 60)
     assert ended.startswith("DataError 5 of 60 images cannot be read") and other == "SystemExit 0"
-    assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 5
+    assert sorted(listing(tmp_path / "run")) == bad
+
+
+@pytest.mark.parametrize(("batches", "times"), [(100, 20), (7, 7)])
+def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several times, so that too many bad images stop the run before its epoch ends; never in a single process."""
+    asked: list[int] = []
+    loop, strategy = SimpleNamespace(), SimpleNamespace(root_device="cpu")
+    bad = SimpleNamespace(agree=lambda _: asked.append(loop.batch_idx))
+    data = SimpleNamespace(bad=bad, bad_val=None)
+    trainer = SimpleNamespace(num_training_batches=batches, fit_loop=loop, strategy=strategy, datamodule=data)
+    for world in (1, 2):
+        monkeypatch.setattr(bad_file, "world_size", lambda world=world: world)
+        for loop.batch_idx in range(batches):
+            bad_file.AgreedCount().on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+        assert len(asked) == (times if world == 2 else 0)

@@ -13,11 +13,12 @@ from torchvision.transforms import v2
 from solo.batch import Batch
 from solo.data import module as module_file
 from solo.data.datasets import DATASETS
+from solo.data.decoding import convert_channels
 from solo.data.engines.torchvision import clean
 from solo.data.loaders import Order, Position
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
-from solo.data.sources import ArraySource, FolderSource, convert_channels
+from solo.data.sources import ArraySource, FolderSource
 from solo.data.subsets import stratified
 from solo.data.views import Crop, View
 from solo.errors import ConfigError
@@ -199,7 +200,7 @@ def test_images_of_many_sizes(tmp_path: Path) -> None:
     for i, size in enumerate([(20, 20), (40, 30), (90, 50), (7, 64)]):
         make_folder(tmp_path, {f"{i}": 3}, size=size)
     data = module(4, dataset="image_folder", train_path=str(tmp_path), num_workers=0)
-    assert data.engine == "torchvision"
+    assert data.engine == "fast"
     assert [batch.views[0].shape for batch in data.train_dataloader()] == [(4, 3, 32, 32)] * 3
     clean = [batch.index.tolist() for batch in data.clean_loader(train=True, batch_size=5)]
     assert clean == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]

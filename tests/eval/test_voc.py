@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from solo import checkpoint
-from solo.data.sources import BadImage
+from solo.data.decoding import BadImage
 from solo.data.voc import open_voc, read_annotation
 from solo.errors import ConfigError, DataError
 from solo.eval.ap import ap_area, mean_ap

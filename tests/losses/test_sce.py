@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solo.losses import sce, sce_loss_func, sce_multicrop_loss_func
+from solo.losses import attention, sce, sce_loss_func, sce_multicrop_loss_func
 from solo.testing import run_ranks
 from tests.losses.test_losses import assert_gradient
 
@@ -70,6 +70,10 @@ def test_single_equals_official(golden, size, dtype):
     loss, gradient = value_and_gradient(sce_loss_func(q, x["k_raw"], x["queue"], **options(z.params)), q)
     assert loss == pytest.approx(z["loss"].item(), rel=TOLERANCE[dtype][0])
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
+    unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
+    _, gradient = value_and_gradient(sce_loss_func(unit, x["k_raw"], x["queue"], **options(z.params)), unit)
+    row, official = unit.detach().double(), z["grad_q"].double()                # at the unit row, before its Jacobian
+    assert_gradient(gradient, official - (official * row).sum(1, keepdim=True) * row, TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -122,7 +126,7 @@ def test_target_equals_official(golden, size, dtype):
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("n, d, size, block", [(1, 5, 7, 3), (3, 2, 4, 4), (5, 7, 11, 4), (6, 4, 9, 1), (4, 3, 2, 64)])
 def test_blocks_equal_the_equation(monkeypatch, n, d, size, block, in_batch, mask_self):
-    monkeypatch.setattr(sce, "_BLOCK", block)
+    monkeypatch.setattr(attention, "CPU_BLOCK", (2, block))
     q, k, queue = inputs(n, d, size)
     chosen = {"temperature": 0.2, "temperature_m": 0.11, "coeff": 0.3, "mask_self": mask_self}
     batch = F.normalize(k, dim=-1)
@@ -256,7 +260,7 @@ def test_no_matrix_is_kept_for_the_backward_pass():
 
 
 def test_no_matrix_is_ever_made(monkeypatch):
-    monkeypatch.setattr(sce, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "CPU_BLOCK", (16, 16))
     q, k, queue = inputs(10, 8, 200)
     for in_batch in (False, True):
         with Largest() as largest:
@@ -266,8 +270,9 @@ def test_no_matrix_is_ever_made(monkeypatch):
 
 def test_a_view_meets_the_queue_once(monkeypatch):
     rows = []
-    attend = sce._attend
-    monkeypatch.setattr(sce, "_attend", lambda x, *rest: rows.append(x[..., 0].numel()) or attend(x, *rest))
+    attend = attention.attend
+    for module in (attention, sce):
+        monkeypatch.setattr(module, "attend", lambda x, *rest: rows.append(x[..., 0].numel()) or attend(x, *rest))
     q, k = list(torch.randn(6, 4, 8)), list(torch.randn(2, 4, 8))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
     sce_multicrop_loss_func(q, k, F.normalize(torch.randn(32, 8), dim=-1), pairs)

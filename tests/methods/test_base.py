@@ -8,7 +8,7 @@ from solo.batch import Batch
 from solo.errors import ConfigError
 from solo.methods import NNCLR, Method
 from solo.testing import Case
-from solo.testing.checks import two_ranks_equal_one
+from solo.testing.invariance import ranks_equal_one
 
 
 class Crops(Method):
@@ -50,7 +50,7 @@ class Claims(NNCLR):
 
 def test_a_local_term_must_be_local():
     with pytest.raises(AssertionError, match=r"\(local\) on rank 0 of 2 differs"):
-        two_ranks_equal_one(Case("tests.methods.test_base:Claims"))
+        ranks_equal_one(Case("tests.methods.test_base:Claims"))
 
 
 def test_tau_is_logged():

@@ -116,7 +116,7 @@ def test_wrong_configs_are_told(tmp_path):
         bind(MVMR.Config, {"representations": {"scatering": 1.0, "raw": -1.0}, "teacher_weight": 2.0}, "method_kwargs")
     assert "method_kwargs.teacher_weight=2 weighs nothing: there is no teacher" in str(error.value)
     assert "no 'scatering' in solo.representations, did you mean 'scattering'?" in str(error.value)
-    assert "representations.raw must not be negative" in str(error.value)
+    assert "representations.raw must be at least 0, got -1.0" in str(error.value)
     with pytest.raises(ConfigError) as error:
         bind(MVMR.Config, {"proj_hidden_dim": 0, "std_margin": -1.0, "views_weight": -1.0}, "method_kwargs")
     for name, least in (("proj_hidden_dim", 1), ("std_margin", 0), ("views_weight", 0)):

@@ -13,7 +13,7 @@ from solo.experiment import experiment
 from solo.methods import SCE
 from solo.nn import Momentum
 from solo.optim import scaled_lr
-from solo.testing import Case, checks, run_ranks
+from solo.testing import Case, checks, invariance, run_ranks
 from solo.testing.case import VIEW
 from tests.conftest import ROOT
 from tests.losses.test_losses import assert_gradient
@@ -100,7 +100,11 @@ def test_two_ranks_fill_the_queue_view_by_view(golden, dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("check", [
     checks.every_parameter_learns,
-    checks.two_ranks_equal_one,
+    invariance.declares_what_it_gathers,
+    invariance.micro_batches_equal_one,
+    invariance.ranks_equal_one,
+    pytest.param(invariance.ranks_normalise_alone, marks=pytest.mark.slow),
+    pytest.param(invariance.ranks_accumulate, marks=pytest.mark.slow),
     checks.teachers_are_constant,
     pytest.param(checks.state_is_whole, marks=pytest.mark.slow),
     pytest.param(checks.trains, marks=pytest.mark.slow),

@@ -44,16 +44,21 @@ def compose(view: View, mean: tuple[float, ...], std: tuple[float, ...]) -> Call
 
 
 class PILBaseline:
-    """Batches of the same views from the same images, from an array in memory as torchvision's CIFAR10 holds it."""
+    """Batches of the same views of the same images.
 
-    def __init__(self, job: Job, images: np.ndarray) -> None:
-        self._images = images
+    Args:
+        open: image i as the field's dataset hands it over: from an array in memory as torchvision's CIFAR10 holds it, or
+            decoded by Pillow as its ImageFolder does.
+    """
+
+    def __init__(self, job: Job, open: Callable[[int], Image.Image]) -> None:
+        self._open = open
         self._views = [compose(view, job.mean, job.std) for view in job.views]
 
     def batch(self, samples: np.ndarray) -> list[Tensor]:
         """The views of these images, each [n, C, S, S]."""
         shown = []
         for i in samples:
-            image = Image.fromarray(self._images[i])
+            image = self._open(int(i))
             shown.append([view(image) for view in self._views])
         return [torch.stack(view) for view in zip(*shown, strict=True)]

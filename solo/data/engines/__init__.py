@@ -1,11 +1,11 @@
 """Engines turn an image and sampled numbers into views; every engine makes the same image of the same numbers.
 
-A new engine is one more row in `ENGINES`: a class with `Engine`'s methods.
+A new engine is one more row in `ENGINES`: a class with `Engine`'s methods, or what chooses one.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from solo.batch import Batch
 from solo.data.config import DataConfig
 from solo.data.sources import Source
 from solo.data.views import View
-from solo.errors import ConfigError
 from solo.registry import Registry
 
 
@@ -25,9 +24,12 @@ class Slot(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """A finished batch, and (index, reason) of the images that could not be read while it was made."""
+    """A batch, and (index, reason) of the images that could not be read while it was made.
 
-    batch: Batch
+    The batch is a `Batch`, or what the engine's ``finish`` makes one of when it has come to its device.
+    """
+
+    batch: Any
     failed: list[tuple[int, str]]
 
 
@@ -48,16 +50,15 @@ class Job:
     seed: int
     config: DataConfig
 
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
 
 class Engine(Protocol):
     """Makes batches."""
 
     def __init__(self, job: Job) -> None: ...
-
-    @classmethod
-    def refusal(cls, source: Source) -> str | None:
-        """Why this engine cannot serve these images, or ``None``."""
-        ...
 
     def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
         """The batches of ``plan``, which may never end, in its order, made a little ahead.
@@ -66,25 +67,18 @@ class Engine(Protocol):
         """
         ...
 
+    def finish(self, batch: Any) -> Batch:
+        """Do what was left for the device that the batch is on by now, without waiting for it."""
+        ...
+
     def close(self) -> None:
         """Release workers and threads."""
         ...
 
 
-ENGINES: Registry[type[Engine]] = Registry("solo.engines")
-AUTO = ("fast", "torchvision")
+ENGINES: Registry[Callable[[Job], Engine]] = Registry("solo.engines")
 
 
-def choose(config: DataConfig, source: Source) -> str:
-    """The engine that serves ``source``: the one asked for, or the first of `AUTO` that can.
-
-    Raises:
-        ConfigError: the engine asked for cannot; names one that can.
-    """
-    able = [name for name in AUTO if ENGINES[name].refusal(source) is None]
-    if config.engine == "auto":
-        return able[0]
-    reason = ENGINES[config.engine].refusal(source)
-    if reason is not None:
-        raise ConfigError(f"data.engine={config.engine} cannot be used: {reason}; data.engine={able[0]} can")
-    return config.engine
+def choose(config: DataConfig) -> str:
+    """Name of the engine that ``data.engine`` asks for."""
+    return "fast" if config.engine == "auto" else config.engine

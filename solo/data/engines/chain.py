@@ -281,17 +281,21 @@ def _equalize(plane: Array, levels: Array) -> None:
 
 
 @fast
+def _load(source: Array, channel: int, plane: Array) -> None:
+    for i in range(len(plane)):
+        plane[i] = f32(source[i, channel]) * f32(1 / 255)
+
+
+@fast
 def _store(plane: Array, scale: f32, shift: f32, target: Array) -> None:
     for i in range(len(plane)):
         target[i] = plane[i] * scale + shift
 
 
 @exact
-def _render(
-    image: Array, row: Any, view: Any, down: Any, across: Any, work: Any, scale: Array, shift: Array, out: Array
-) -> None:
-    columns, turned, lines, x, taps, wide, tall, levels = work
-    _crop(image, row, view, down, across, columns, turned, lines, x)
+def _colour(x: Array, row: Any, view: Any, planes: Any, scale: Array, shift: Array, out: Array) -> None:
+    """What comes after the crop, in place in x [C, S * S]; then times ``scale`` plus ``shift`` to ``out``."""
+    taps, wide, tall, levels = planes
     if row.jitter:
         _jitter(x, row, view.neutral)
     if row.gray and len(x) == 3:
@@ -309,12 +313,20 @@ def _render(
 @exact
 def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
     """The memory of one thread. What reads past its contents meets weights of zero."""
-    height, width, size, pitch = view.height, view.width, view.size, view.size + 2 * view.reach
+    height, width, size = view.height, view.width, view.size
     return (
         np.zeros((width + taps) * channels * height, f32),
         np.zeros(size * channels * height, f32),
         np.zeros((height * channels + taps) * size, f32),
         np.zeros((channels, size * size), f32),
+    )
+
+
+@exact
+def _planes(view: Any) -> tuple[Array, ...]:
+    """What `_colour` needs besides the image."""
+    pitch = view.size + 2 * view.reach
+    return (
         np.zeros(view.reach + 1, f32),
         np.zeros(pitch * pitch, f32),
         np.zeros(pitch * pitch, f32),
@@ -340,6 +352,18 @@ def render(
         down, across: `solo.data.engines.kernel_numba.table` of the columns and of the rows.
         out: [n, C, S * S] float32, written.
     """
-    work = _work(view, out.shape[1], max(down[1].shape[2], across[1].shape[2]))
+    columns, turned, lines, x = _work(view, out.shape[1], max(down[1].shape[2], across[1].shape[2]))
+    planes = _planes(view)
     for i in range(len(rows)):
-        _render(images[shown[i]], rows[i], view, down, across, work, scale, shift, out[i])
+        _crop(images[shown[i]], rows[i], view, down, across, columns, turned, lines, x)
+        _colour(x, rows[i], view, planes, scale, shift, out[i])
+
+
+@kept
+def finish(crops: Array, rows: Array, view: Any, scale: Array, shift: Array, out: Array) -> None:
+    """The same but for the crop, which is done: crops [n, S * S, C] uint8 -> ``out`` [n, C, S * S] float32."""
+    x, planes = np.zeros(out.shape[1:], f32), _planes(view)
+    for i in range(len(rows)):
+        for c in range(len(x)):
+            _load(crops[i], c, x[c])
+        _colour(x, rows[i], view, planes, scale, shift, out[i])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solo.data.engines import Job
-from solo.data.engines.chain import draw, render
+from solo.data.engines.chain import draw, finish, render
 from solo.data.engines.kernel_torch import resize_matrix
 from solo.data.engines.torchvision import blur_radius
 from solo.data.views import CROP_TRIES, LOG_RATIO, NEUTRAL, SIGMA, SOLARIZE_THRESHOLD, Params, View, fixed_boxes
@@ -36,8 +36,7 @@ class NumbaKernel:
         self._seed, self._images = job.seed, images.reshape(len(images), -1)
         self._views = [_settings(view, height, width) for view in job.views]
         self._tables = [_tables(height, width, view.crop_size) for view in job.views]
-        self._scale = (1 / np.array(job.std)).astype(f32)
-        self._shift = (-np.array(job.mean) / np.array(job.std)).astype(f32)
+        self._scale, self._shift = _normalisation(job)
 
     def fill(self, out: Tensor, number: int, epoch: int, samples: Array, shown: Array) -> None:
         view, tables = self._views[number], self._tables[number]
@@ -46,17 +45,24 @@ class NumbaKernel:
         pixels = out.numpy().reshape(len(out), self._channels, -1)
         render(self._images, shown, rows, view, *tables, self._scale, self._shift, pixels)
 
+    @staticmethod
+    def finish(job: Job, number: int, params: Params, crops: Tensor) -> Tensor:
+        """See `solo.data.engines.kernels.Kernel`."""
+        n, channels, size, _ = crops.shape
+        out = torch.empty(crops.shape)
+        pixels = crops.permute(0, 2, 3, 1).contiguous().numpy().reshape(n, -1, channels)
+        settings = _settings(job.views[number], size, size)
+        finish(pixels, _records(params), settings, *_normalisation(job), out.numpy().reshape(n, channels, -1))
+        return out
+
 
 def apply(view: View, params: Params, images: Array) -> Tensor:
     """One augmented copy of each image [n, H, W, C] uint8: [n, C, S, S] float32 in 0..1."""
     n, height, width, channels = images.shape
-    rows = np.zeros(n, ROW)
-    for name in ROW.names or ():
-        rows[name] = getattr(params, name)
     out = np.zeros((n, channels, view.crop_size**2), f32)
     scale, shift = np.ones(channels, f32), np.zeros(channels, f32)
     tables = _tables(height, width, view.crop_size)
-    render(images.reshape(n, -1), np.arange(n), rows, _settings(view, height, width), *tables, scale, shift, out)
+    render(images.reshape(n, -1), np.arange(n), _records(params), _settings(view, height, width), *tables, scale, shift, out)
     return torch.from_numpy(out.reshape(n, channels, view.crop_size, view.crop_size))
 
 
@@ -65,6 +71,18 @@ def sample(view: View, seed: int, epoch: int, samples: Array, number: int, heigh
     rows = np.zeros(len(samples), ROW)
     draw(seed, epoch, number, samples, _settings(view, height, width), rows)
     return Params(*(rows[name] for name in ROW.names or ()))
+
+
+def _records(params: Params) -> Array:
+    rows = np.zeros(len(params), ROW)
+    for name in ROW.names or ():
+        rows[name] = getattr(params, name)
+    return rows
+
+
+def _normalisation(job: Job) -> tuple[Array, Array]:
+    """Scale and shift per channel."""
+    return (1 / np.array(job.std)).astype(f32), (-np.array(job.mean) / np.array(job.std)).astype(f32)
 
 
 def _settings(view: View, height: int, width: int) -> Any:

@@ -1,10 +1,14 @@
-"""The fast engine's kernel where numba is absent: a batch of images at once in plain torch."""
+"""The fast engine's kernel on a GPU, and where numba is absent: a batch of images at once in plain torch.
+
+Which images an operation is for is decided on the host, where the numbers are: nothing here waits for a device.
+"""
 
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d, pad
 from torchvision.transforms.v2 import functional
 
 from solo.data.engines import Job
@@ -12,7 +16,8 @@ from solo.data.engines.torchvision import blur_radius
 from solo.data.random import Draws
 from solo.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION, SOLARIZE_THRESHOLD, Params, View, sample
 
-_CHUNK = 128  # images whose working set stays in the processor's cache
+_CHUNK, _LARGE_CHUNK = 128, 4  # images whose working set stays in the processor's cache
+_MATRIX = 64  # pixels up to which a blur is a product of matrices, not a convolution
 LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -31,6 +36,18 @@ class TorchKernel:
             x = _chunk(self._job.views[number], params.row(part), self._images[torch.from_numpy(shown[part])])
             torch.sub(x, self._mean, out=out[part]).div_(self._std)
 
+    @staticmethod
+    def finish(job: Job, number: int, params: Params, crops: Tensor) -> Tensor:
+        """See `solo.data.engines.kernels.Kernel`."""
+        mean, std = (_on(np.array(values, dtype=np.float32), crops).view(-1, 1, 1) for values in (job.mean, job.std))
+        out = torch.empty(crops.shape, device=crops.device)
+        chunk = len(crops) if crops.is_cuda else _LARGE_CHUNK
+        for i in range(0, len(crops), chunk):
+            part = slice(i, i + chunk)
+            x = colour(job.views[number], params.row(part), crops[part].float().contiguous().div_(255))
+            torch.sub(x, mean, out=out[part]).div_(std)
+        return out
+
 
 def apply(view: View, params: Params, images: np.ndarray) -> Tensor:
     """One augmented copy of each image [n, H, W, C] uint8: [n, C, S, S] float32 in 0..1."""
@@ -39,27 +56,37 @@ def apply(view: View, params: Params, images: np.ndarray) -> Tensor:
 
 
 def _chunk(view: View, params: Params, images: Tensor) -> Tensor:
-    x = _crop(images, params, view.crop_size)  # [n, C, S, S]
+    return colour(view, params, _crop(images, params, view.crop_size))
+
+
+def colour(view: View, params: Params, x: Tensor) -> Tensor:
+    """What comes after crop and flip, in place: x [n, C, S, S] in 0..1, on any device."""
     if view.color_jitter.prob:
         _jitter(x, params)
     if view.grayscale.prob and x.shape[1] == 3:
-        rows = _rows(params.gray)
+        rows = _rows(params.gray, x)
         x[rows] = _luma(x[rows]).expand(-1, 3, -1, -1)
     if view.gaussian_blur.prob:
-        rows = _rows(params.blur)
+        rows = _rows(params.blur, x)
         x[rows] = _blur(x[rows], params.sigma[params.blur])
     if view.solarization.prob:
-        rows = _rows(params.solarize)
+        rows = _rows(params.solarize, x)
         part = x[rows]
         x[rows] = part.lerp_(1 - part, part.ge(SOLARIZE_THRESHOLD).float())
     if view.equalization.prob:
-        rows = _rows(params.equalize)
+        rows = _rows(params.equalize, x)
         x[rows] = functional.equalize(x[rows].contiguous())
     return x
 
 
-def _rows(mask: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask))
+def _on(array: np.ndarray, like: Tensor) -> Tensor:
+    """The array on the device of ``like``, sent without waiting for it."""
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if like.is_cuda else x).to(like.device, non_blocking=True)
+
+
+def _rows(mask: np.ndarray, like: Tensor) -> Tensor:
+    return _on(np.flatnonzero(mask), like)
 
 
 def _crop(images: Tensor, params: Params, size: int) -> Tensor:
@@ -68,7 +95,7 @@ def _crop(images: Tensor, params: Params, size: int) -> Tensor:
     top, left, box_height, box_width = params.box.T
     down = _resize_table(height, size)[_entry(top, box_height, height)].div_(255)  # [n, S, H]
     across = _resize_table(width, size)[_entry(left, box_width, width)]  # [n, S, W]
-    flip = _rows(params.flip)
+    flip = _rows(params.flip, across)
     across[flip] = across[flip].flip(1)
     x = images.transpose(2, 3).contiguous().view(n, height, channels * width).float()
     x = torch.bmm(down, x)  # [n, S, C * W]
@@ -118,8 +145,8 @@ def _jitter(x: Tensor, params: Params) -> None:
         for part, operation in adjust.items():
             mask = params.jitter & (params.order[:, place] == part) & (params.factors[:, part] != NEUTRAL[part])
             if mask.any():
-                rows = _rows(mask)
-                factor = torch.from_numpy(params.factors[mask, part].astype(np.float32)).view(-1, 1, 1, 1)
+                rows = _rows(mask, x)
+                factor = _on(params.factors[mask, part].astype(np.float32), x).view(-1, 1, 1, 1)
                 x[rows] = operation(x[rows], factor)
 
 
@@ -158,27 +185,43 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     six = (r - g).mul_(inverse).add_(4)
     six.lerp_((b - r).mul_(inverse).add_(2), value.eq(g).float())  # several times faster than torch.where
     six.lerp_((g - b).mul_(inverse), value.eq(r).float())
-    k = six + (6 * shift + torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1))
+    k = six + (6 * shift + torch.arange(5.0, 0.0, -2.0, device=x.device).view(1, 3, 1, 1))
     k.sub_((k / 6).floor_(), alpha=6)
     return torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma).neg_().add_(value)
 
 
 def _blur(x: Tensor, sigma: np.ndarray) -> Tensor:
-    """The Gaussian along both axes as one matrix per image, reflected at the border."""
-    size = x.shape[-1]
-    matrix = torch.from_numpy(_blur_matrices(sigma, size))[:, None]  # [n, 1, S, S]
-    return torch.matmul(matrix @ x, matrix.transpose(2, 3))
+    """Each image's own Gaussian along both axes, reflected at the border; sigma [n]."""
+    n, channels, size, _ = x.shape
+    if not n:
+        return x
+    weight = _gauss(sigma, size)
+    if size <= _MATRIX:  # faster there
+        matrix = _on(_blur_matrices(weight, size), x)[:, None]  # [n, 1, S, S]
+        return torch.matmul(matrix @ x, matrix.transpose(2, 3))
+    reach, groups = weight.shape[1] // 2, n * channels
+    taps = _on(weight, x).repeat_interleave(channels, 0, output_size=groups)[:, None, None]  # [n * C, 1, 1, taps]
+    x = x.reshape(1, groups, size, size)
+    x = conv2d(pad(x, (reach, reach, 0, 0), "reflect"), taps, groups=groups)
+    x = conv2d(pad(x, (0, 0, reach, reach), "reflect"), taps.transpose(2, 3), groups=groups)
+    return x.view(n, channels, size, size)
 
 
-def _blur_matrices(sigma: np.ndarray, size: int) -> np.ndarray:
+def _gauss(sigma: np.ndarray, size: int) -> np.ndarray:
+    """[n, taps] float32 weights around the middle one, zero beyond each image's own radius."""
     radius = np.array([blur_radius(float(s), size) for s in sigma], dtype=np.int64)
-    reach = int(radius.max(initial=0))
+    reach = int(radius.max())
     tap = np.arange(-reach, reach + 1)
     weight = np.exp(-0.5 * (tap / sigma[:, None]) ** 2) * (np.abs(tap) <= radius[:, None])
-    weight = (weight / weight.sum(1, keepdims=True)).astype(np.float32)  # [n, taps]
-    source = np.abs(np.arange(size)[:, None] + tap)  # [S, taps], reflected at 0
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _blur_matrices(weight: np.ndarray, size: int) -> np.ndarray:
+    """[n, S, S]: the Gaussian along one axis as a matrix."""
+    taps = weight.shape[1]
+    source = np.abs(np.arange(size)[:, None] + np.arange(taps) - taps // 2)  # [S, taps], reflected at 0
     source = np.where(source >= size, 2 * (size - 1) - source, source)
-    matrices = np.zeros((len(sigma), size, size), dtype=np.float32)
-    for t in range(len(tap)):
+    matrices = np.zeros((len(weight), size, size), dtype=np.float32)
+    for t in range(taps):
         matrices[:, np.arange(size), source[:, t]] += weight[:, t, None]
     return matrices

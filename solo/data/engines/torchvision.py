@@ -1,79 +1,32 @@
 """The reference engine: one image at a time with torchvision's own operations, in worker processes."""
 
 import math
-import os
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from solo.batch import Batch
 from solo.data.bad import load_or_replace
 from solo.data.engines import ENGINES, Job, Payload, Slot
+from solo.data.engines.workers import Workers
 from solo.data.random import Draws
-from solo.data.sources import Source
 from solo.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION, SOLARIZE_THRESHOLD, Params, View, sample
-from solo.dist import rank
-from solo.errors import EnvironmentFault
 
 
 @ENGINES.register("torchvision")
-class TorchvisionEngine:
-    """A DataLoader whose workers live as long as the engine; the plan tells them which batches to make."""
+class TorchvisionEngine(Workers):
+    """Workers make finished batches."""
 
     def __init__(self, job: Job) -> None:
-        self._plan: Iterable[Slot] = ()
-        self._timeout = job.config.timeout
-        workers = worker_count(job.config.num_workers)
-        self._loader: DataLoader | None = DataLoader(
-            _Maker(job),
-            sampler=_Plan(self),
-            batch_size=None,
-            collate_fn=same,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            timeout=job.config.timeout if workers else 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # so that making an iterator does not advance the global one
-        )
+        super().__init__(job, _Maker(job), view_bytes=4)
 
-    @classmethod
-    def refusal(cls, source: Source) -> str | None:
-        return None
-
-    def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
-        assert self._loader is not None, "the engine is closed"
-        self._plan = plan
-        try:
-            yield from self._loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):
-                raise
-            raise EnvironmentFault(self._worker_trouble(str(error))) from error
-
-    def close(self) -> None:
-        self._loader = None
-
-    def _worker_trouble(self, message: str) -> str:
-        if "timed out" in message:
-            return f"rank {rank()}: no batch from a data worker within data.timeout={self._timeout:g} s"
-        advice = "out of memory or shared memory? Lower data.num_workers"
-        return f"rank {rank()}: a data worker ended ({message.splitlines()[0]}); {advice}"
-
-
-class _Plan:
-    """The sampler of the loader: the slots of the engine's current plan."""
-
-    def __init__(self, engine: TorchvisionEngine) -> None:
-        self._engine = engine
-
-    def __iter__(self) -> Iterator[Slot]:
-        return iter(self._engine._plan)
+    def finish(self, batch: Batch) -> Batch:
+        """Nothing is left to do."""
+        return batch
 
 
 class _Maker(Dataset):
@@ -95,16 +48,6 @@ class _Maker(Dataset):
             views.append(normalise(crops, job.mean, job.std))
         batch = Batch(views, torch.from_numpy(job.source.labels[shown]), torch.from_numpy(shown))
         return Payload(batch, [pair for _, _, failed in loaded for pair in failed])
-
-
-def worker_count(wanted: int) -> int:
-    """Worker processes to start: as many as wanted, but no more than processors."""
-    return min(wanted, os.cpu_count() or 1)
-
-
-def same(payload: Any) -> Any:
-    """Collation that has nothing left to do."""
-    return payload
 
 
 def blur_radius(sigma: float, size: int) -> int:

@@ -1,0 +1,234 @@
+"""``python -m solo.bench kernel``: are the fused kernels right on this GPU, and how fast beside the plain formulas."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from solo.bench.baselines import similarity as plain
+from solo.bench.device import SETS, Work, clocks, compare, peak, seconds
+from solo.bench.measure import RESULTS, Row, row, table, write
+from solo.errors import ConfigError, EnvironmentFault
+from solo.kernels import info_nce, neighbours, queue_attention
+
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a measurement: those of the goals, or tiny ones that show on a CPU that it runs."""
+
+    width: int = 256
+    batch: int = 4096           # rows of one view
+    small: int = 256
+    queue: int = 65_536
+    longer: int = 98_304
+    side: int = 8192            # of the square product
+    copied: int = 1 << 29       # bytes
+    pairs: int = 5
+    steps: int = 50
+    compiles: bool = True
+
+
+TINY = Scale(16, 32, 8, 256, 384, 64, 1 << 16, 2, 2, False)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m solo.bench kernel", description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device, scale, path = settled(arguments)
+    rows: list[Row] = []
+    for _, stage in stages(device, scale):
+        rows += (found := stage())
+        write(found, path)
+        print(table(found), flush=True)
+    print(clocks() if device == "cuda" else "tiny sizes on a CPU: this shows that it runs, and nothing else")
+    print(table(rows))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks of a GPU share."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with tiny sizes")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a dry run's must be another file")
+
+
+def settled(arguments: argparse.Namespace) -> tuple[str, Scale, Path]:
+    """Device, sizes and results file.
+
+    Raises:
+        EnvironmentFault: there is no GPU.
+        ConfigError: a dry run would write among the real results.
+    """
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            raise EnvironmentFault("no CUDA device here: this measures a GPU (--device cpu is a dry run with tiny sizes)")
+        return "cuda", Scale(), arguments.results
+    if arguments.results.resolve() == RESULTS.resolve():
+        raise ConfigError(f"--device cpu measures nothing: give --results a file other than {RESULTS}")
+    return "cpu", TINY, arguments.results
+
+
+def stages(device: str, scale: Scale) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """Names and measurements, in the order in which they run; each name is the `Row.id` of what it gives."""
+    yield "K0", partial(ceilings, device, scale)
+    yield "KC", partial(correctness, device, scale)
+    yield "K1", partial(queue_attention_rows, device, scale)
+    yield "K2", partial(nt_xent_rows, device, scale)
+    yield "K3", partial(nearest_rows, "K3", device, scale)
+    yield "K4", partial(nearest_rows, "K4", device, scale)
+
+
+# --- what is measured --------------------------------------------------------------------------------------------------
+
+
+def sce(q: Tensor, k: Tensor, queue: Tensor, t: float = 0.1, tm: float = 0.07, coeff: float = 0.5) -> Tensor:
+    """`baselines.similarity.sce` by one call of the kernel for both branches."""
+    scale = torch.cat([q.new_full((len(q),), 1 / t), q.new_full((len(k),), 1 / tm)])
+    out, lse = queue_attention(torch.cat([q, k]), queue, scale)
+    lse_q, lse_k = lse.chunk(2)
+    own = (-torch.nn.functional.softplus(lse_k.detach())).exp()[:, None]            # weight of the own key, at logit 0
+    target = coeff * k + (1 - coeff) * (own * k + (1 - own) * out.chunk(2)[1])
+    return (torch.logaddexp(lse_q, (q * k).sum(1) / t) - (q * target).sum(1) / t).mean()
+
+
+def nt_xent(z: Tensor, t: float = 0.2, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`baselines.similarity.nt_xent` by the kernels."""
+    own = torch.arange(len(z), device=z.device)
+    lse, match = info_nce(z.to(dtype), None, 1 / t, (own + len(z) // 2) % len(z), own)
+    return (lse - match).mean()
+
+
+def _step(loss: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, ...]], autocast: bool) -> Work:
+    """Forward and backward to the first input."""
+
+    def work(number: int) -> None:
+        first, *others = inputs[number]
+        first.grad = None
+        with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
+            value = loss(first, *others)
+        value.backward()
+
+    return work
+
+
+def _against(
+    id: str, what: str, ours: Work, peers: dict[str, Work], flops: float, device: str, scale: Scale
+) -> list[Row]:
+    """Rows of time, memory and, where ``flops`` of one step are given, of the rate that is reached."""
+    found = [row(id, f"{what}: the same twice", "steps/s", "itself", compare(ours, ours, scale.pairs, scale.steps, device))]
+    for name, peer in peers.items():
+        taken = compare(ours, peer, scale.pairs, scale.steps, device)
+        found.append(row(id, what, "steps/s", name, taken))
+        if device == "cuda":
+            mine, theirs = peak(ours), peak(peer)
+            found.append(Row(id, f"{what}: peak above inputs", mine, "MB", name, theirs))
+    found.append(Row(id, f"{what}: rate of the products (K5)", flops / seconds(ours, scale.steps, device) / 1e12, "TFLOP/s"))
+    return found
+
+
+def queue_attention_rows(device: str, scale: Scale) -> list[Row]:
+    """K1: SCE over a queue, forward and backward."""
+    n, d = scale.batch, scale.width
+    queue = plain.unit(scale.queue, d, device=device, seed=9)
+    views = [(plain.unit(n, d, device=device, seed=i).requires_grad_(), plain.unit(n, d, device=device, seed=i + SETS))
+             for i in range(SETS)]
+    inputs = [(q, k, queue) for q, k in views]
+    ours = _step(sce, [(q, k, queue.bfloat16()) for q, k in views], False)
+    peers = {"official formula, autocast": _step(plain.sce, inputs, True)}
+    if scale.compiles:
+        peers["official formula, torch.compile"] = _step(torch.compile(plain.sce), inputs, True)
+    flops = 2 * (2 * n) * scale.queue * d * 2           # scores and values of both branches
+    return _against("K1", f"SCE N={n} K={scale.queue} D={d}", ours, peers, flops, device, scale)
+
+
+def nt_xent_rows(device: str, scale: Scale) -> list[Row]:
+    """K2: NT-Xent, forward and backward."""
+    n, d = 2 * scale.batch, scale.width
+    inputs = [(plain.unit(n, d, device=device, seed=i).requires_grad_(),) for i in range(SETS)]
+    peers = {"masks over exponentials, autocast": _step(plain.nt_xent, inputs, True)}
+    if scale.compiles:
+        peers["masks over exponentials, torch.compile"] = _step(torch.compile(plain.nt_xent), inputs, True)
+    return _against("K2", f"NT-Xent 2N={n} D={d}", _step(nt_xent, inputs, False), peers, 3 * 2 * n * n * d, device, scale)
+
+
+def nearest_rows(id: str, device: str, scale: Scale) -> list[Row]:
+    """K3: the nearest row of a queue for both views. K4: the five nearest."""
+    k, length, sizes = (1, scale.queue, (scale.small, scale.batch)) if id == "K3" else (5, scale.longer, (scale.small,))
+    found = []
+    for n in sizes:
+        views = [plain.unit(2, n, scale.width, device=device, seed=i).unbind() for i in range(SETS)]
+        queues = [plain.unit(length, scale.width, device=device, seed=9 + i) for i in range(SETS)]
+        shadows = [queue.bfloat16() for queue in queues]
+
+        def ours(i: int, views: list = views, queues: list = queues, shadows: list = shadows) -> Tensor:
+            return neighbours(torch.cat(views[i]), queues[i], k, shadow=shadows[i])
+
+        def peer(i: int, views: list = views, queues: list = queues) -> Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return (plain.nearest if k == 1 else plain.five_nearest)(views[i], queues[i])
+
+        what = f"nearest {k} of {length}, 2 x {n}, D={scale.width}"
+        flops = 2 * 2 * n * length * scale.width
+        found += _against(id, what, ours, {"a product per look-up, autocast": peer}, flops, device, scale)
+    return found
+
+
+def ceilings(device: str, scale: Scale) -> list[Row]:
+    """What copies and plain products reach here."""
+    source = [torch.empty(scale.copied, dtype=torch.uint8, device=device) for _ in range(2)]
+    a, b = (torch.randn(scale.side, scale.side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copying: Work = lambda i: source[1].copy_(source[0])  # noqa: E731
+    product: Work = lambda i: a @ b  # noqa: E731
+    for work in (copying, product):
+        seconds(work, scale.steps // 2, device)
+    copied = 2 * scale.copied / seconds(copying, scale.steps, device) / 1e9
+    multiplied = 2 * scale.side**3 / seconds(product, scale.steps, device) / 1e12
+    return [
+        Row("K0", "copy, bytes read and written", copied, "GB/s"),
+        Row("K0", f"bfloat16 product of {scale.side} x {scale.side}", multiplied, "TFLOP/s"),
+    ]
+
+
+# --- the same numbers, whoever makes them ------------------------------------------------------------------------------
+
+
+def correctness(device: str, scale: Scale) -> list[Row]:
+    """Largest errors against float64, as a share of the largest entry.
+
+    Raises:
+        AssertionError: one is beyond what its number format explains.
+    """
+    n, d, length = scale.small, scale.width, scale.queue // 8
+    q, k, queue = (plain.unit(rows, d, device=device, seed=i) for i, rows in enumerate((n, n, length)))
+    found = []
+    for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float32, 1e-4)):
+        a, b, keys = (each.to(dtype) for each in (q, k, queue))
+        by_kernel, by_formula = partial(sce, k=b.float(), queue=keys), partial(plain.sce, k=b.double(), queue=keys.double())
+        cases: list[tuple[str, Loss, Loss, Tensor]] = [
+            ("SCE", by_kernel, by_formula, a),
+            ("NT-Xent", partial(nt_xent, dtype=dtype), plain.nt_xent, torch.cat([a, b])),
+        ]
+        for name, ours, theirs, at in cases:
+            error = _gradient_error(ours, theirs, at)
+            kind = str(dtype).removeprefix("torch.")
+            assert error < bound, f"the gradient of {name} in {kind} is off by {error:.1e}"
+            found.append(Row("KC", f"{name} gradient in {kind}, largest error", error, "of the largest"))
+    cosines = q.double() @ queue.double().T
+    index = neighbours(q, queue, 5, shadow=queue.bfloat16())
+    shortfall = (cosines.topk(5).values - cosines.gather(1, index)).max().item()
+    assert shortfall < 1e-3, f"a neighbour is {shortfall:.1e} less similar than the true one"
+    others = (index[:, 0] != cosines.argmax(1)).float().mean().item()
+    return [*found, Row("KC", "five nearest, similarity lost at most", shortfall, "cosine"),
+            Row("KC", "nearest that is another one than in float64", 100 * others, "%")]
+
+
+def _gradient_error(ours: Loss, theirs: Loss, at: Tensor) -> float:
+    """Of ``ours`` in float32 against ``theirs`` in float64, as a share of the largest entry."""
+    x, exact = at.float().clone().requires_grad_(), at.double().requires_grad_()
+    (given,), (wanted,) = torch.autograd.grad(ours(x), x), torch.autograd.grad(theirs(exact), exact)
+    return ((given - wanted).abs().max() / wanted.abs().max()).item()

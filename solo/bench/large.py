@@ -1,0 +1,89 @@
+"""The bench of images above 64 px: what a core does for a GPU (``cpu``), and the whole recipe on cores (``all-cpu``)."""
+
+import argparse
+import io
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from solo.bench.baselines.pil import PILBaseline
+from solo.bench.measure import alternate, row, table, write
+from solo.data.engines import Job, Payload, Slot
+from solo.data.engines.large import LargeEngine
+from solo.data.engines.torchvision import TorchvisionEngine
+from solo.data.loaders import Order, Position
+from solo.data.module import DataModule
+from solo.data.sources import FolderSource
+from solo.data.tar import TarSource
+from solo.errors import ConfigError, NumericsError
+
+STAGES = {"cpu": ("D4", "decode and crops, uint8"), "all-cpu": ("D5", "all on the CPU")}
+_BATCH, _BATCHES = 32, 2  # images of one measurement: two batches
+_COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
+
+
+def main(arguments: argparse.Namespace, data: DataModule) -> None:
+    """Print and keep a row per stage."""
+    job = replace(data.job, config=replace(data.config, num_workers=0))
+    source = job.source
+    if not isinstance(source, (FolderSource, TarSource)):
+        raise ConfigError("solo.bench data --recipe in224 decodes files: data.dataset=tar or a folder of images")
+    sizes = [source.load(i).shape for i in np.linspace(0, len(source) - 1, 32).astype(int)]
+    pixels = statistics.mean(height * width for height, width, _ in sizes) / 1e6
+    print(f"{arguments.recipe}: {len(source):,} images of {pixels:.2f} MP on average, {len(job.views)} views", flush=True)
+    print(correctness(job), flush=True)
+    baseline = PILBaseline(job, lambda i: Image.open(io.BytesIO(source.encoded(i))).convert("RGB"))
+    rows = []
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        id, what = STAGES[stage]
+        found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, baseline), arguments.pairs)
+        note = f"{what}, {len(job.views)} views of {job.views[0].crop_size} px, images of {pixels:.2f} MP"
+        rows.append(row(id, note, "images/CPU-s", _COPIES, found))
+    print(table(rows), flush=True)
+    if not arguments.no_write:
+        write(rows)
+
+
+def correctness(job: Job) -> str:
+    """Holds the engine against the reference with shared numbers; without solarisation, which jumps at its threshold.
+
+    Raises:
+        NumericsError: the median differs by half a grey level, or a hundredth of the values by more than two.
+    """
+    views = [replace(view, solarization=replace(view.solarization, prob=0.0)) for view in job.views]
+    job, slot = replace(job, views=views), _slots(job)(1)[0]
+    engine = LargeEngine(job)
+    quick = engine.finish(next(engine.batches([slot])).batch).views
+    slow = next(TorchvisionEngine(job).batches([slot])).batch.views
+    levels = torch.cat([(a - b).abs().flatten() for a, b in zip(quick, slow, strict=True)]) * min(job.std) * 255
+    outside = (levels > 2).float().mean().item()
+    if not (levels.median() < 0.5 and outside < 1e-2):
+        raise NumericsError(f"{outside:.2%} of the values differ by more than two grey levels from the reference engine")
+    return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above two"
+
+
+def _slots(job: Job) -> Callable[[int], list[Slot]]:
+    """The next so many batches, each call going on where the last one ended."""
+    endless = Order(job.seed, len(job.source), min(_BATCH, len(job.source)), 0, 1).onwards(Position(0, 0))
+    return lambda count: list(islice(endless, count))
+
+
+def engine_work(job: Job, finish: bool) -> Callable[[], int]:
+    """Batches as a worker makes them, and finished on the CPU or not."""
+    engine, slots = LargeEngine(job), _slots(job)
+
+    def done(payload: Payload) -> Any:
+        return engine.finish(payload.batch) if finish else payload.batch
+
+    return lambda: sum(len(done(payload).index) for payload in engine.batches(slots(_BATCHES)))
+
+
+def _work(job: Job, baseline: PILBaseline) -> Callable[[], int]:
+    slots = _slots(job)
+    return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in slots(_BATCHES))

@@ -1,0 +1,103 @@
+"""Hold a method, built in or a plugin, against the contract: ``python -m solo.certify METHOD``."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from solo.config import load, plain
+from solo.console import quiet_libraries
+from solo.errors import ConfigError, reported
+from solo.experiment import experiment
+from solo.testing.case import SIZES, Case
+from solo.testing.certificate import Row, certificate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        0 where every check holds, else 1.
+
+    Raises:
+        ConfigError: no such method, a recipe of another one, fewer than 2 ranks.
+    """
+    parser = argparse.ArgumentParser(prog="python -m solo.certify", description=__doc__)
+    parser.add_argument("method", metavar="METHOD", help="a name, or module:Class")
+    parser.add_argument("--config", metavar="PATH", help="take method_kwargs and views of this recipe, made small")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], metavar="N", help="numbers of processes (default: 2 4)")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    options = parser.parse_args(argv)
+    if min(options.ranks) < 2:
+        raise ConfigError(f"--ranks must be at least 2 each, got {min(options.ranks)}")
+    sys.path.insert(0, "")                      # a plugin beside us
+    torch.set_num_threads(1)
+    case = Case(options.method, **(_recipe(options.method, options.config) if options.config else {}))
+    case.build()                                # a wrong name or value is one line, now
+    logging.getLogger("solo").setLevel(logging.ERROR)       # what the small runs have to say
+    rows = []
+    with Console(stderr=True).status("training") as status, redirect_stdout(StringIO()):
+        for row in certificate(case, options.ranks):
+            rows.append(row)
+            status.update(f"{row.check}: {_result(row)}")
+    print_markdown(options.method, rows) if options.markdown else print_table(options.method, rows)
+    return 1 if any(row.problem for row in rows) else 0
+
+
+def _recipe(method: str, path: str) -> dict[str, Any]:
+    """What a recipe says of the method and its views, for images of 16 pixels."""
+    values = load(Path(path), ["data.train_path=unused", "data.val_path=unused"])
+    if values.get("method") != method:
+        raise ConfigError(f"{path} is a recipe of method {values.get('method')!r}, not of {method!r}")
+    config = experiment(values)
+    kwargs = {field.name: getattr(config.method_kwargs, field.name) for field in dataclasses.fields(config.method_kwargs)}
+    small = {key: min(value, SIZES[key]) if key in SIZES and value else value for key, value in plain(kwargs).items()}
+    largest = max(view.crop_size for view in config.augmentations)
+    views = [{**plain(view), "crop_size": 16 if view.crop_size == largest else 8} for view in config.augmentations]
+    return {"method_kwargs": small, "augmentations": views}
+
+
+def _result(row: Row) -> str:
+    return "fails" if row.problem else "holds"
+
+
+def _numbers(row: Row) -> tuple[str, str]:
+    if row.measured is None:
+        return "", ""
+    return f"{row.measured.largest:.1e}" if row.measured.largest else "0", f"{row.measured.bound:g}" or "0"
+
+
+def print_table(method: str, rows: Sequence[Row]) -> None:
+    """A table for the terminal, and below it what fails."""
+    table = Table(title=f"{method}: {sum(not row.problem for row in rows)} of {len(rows)} hold", title_justify="left")
+    for heading in ("check", "result", "largest difference", "bound"):
+        table.add_column(heading, justify="right" if heading in ("largest difference", "bound") else "left")
+    for row in rows:
+        table.add_row(row.check, _result(row), *_numbers(row), style="bold red" if row.problem else None)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.problem:
+            console.print(f"{row.check}: {row.problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_markdown(method: str, rows: Sequence[Row]) -> None:
+    """The same table in Markdown."""
+    print(f"| `{method}` | result | largest difference | bound |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.check} | {row.problem.replace('|', '/') or 'holds'} | {' | '.join(_numbers(row))} |")
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    with reported():
+        sys.exit(main())

@@ -1,0 +1,154 @@
+"""Worker processes that make whole batches: what the engines with workers share, and what happens when one fails."""
+
+import errno
+import os
+import shutil
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from solo.console import warn
+from solo.data.engines import Job, Payload, Slot
+from solo.dist import rank
+from solo.errors import EnvironmentFault, SoloError
+
+_SHARED = Path("/dev/shm")  # where Linux workers put their batches
+_PREFETCH = 2  # batches that each worker makes ahead
+
+
+class Workers:
+    """A DataLoader whose workers live as long as the engine; the plan tells them which batches to make.
+
+    Args:
+        maker: makes the `Payload` of a `Slot`, in a worker.
+        view_bytes: of one pixel of a view as it comes from a worker.
+    """
+
+    def __init__(self, job: Job, maker: Dataset, view_bytes: int) -> None:
+        self._job, self._maker, self._view_bytes = job, maker, view_bytes
+        self._plan: Iterable[Slot] = ()
+        self._asked: deque[Slot] = deque()  # batches that workers have been told to make, the next one first
+        self._loader: DataLoader | None = None
+
+    def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
+        """The batches of ``plan`` in its order.
+
+        Raises:
+            EnvironmentFault: a worker died, hung, or lacked memory or files; names it and what to do.
+        """
+        slots = iter(plan)
+        first = next(slots, None)
+        if first is None:
+            return
+        self._plan = chain([first], slots)
+        self._asked.clear()
+        if self._loader is None:
+            self._loader = self._start(len(first.samples))
+        try:
+            for payload in self._loader:
+                self._asked.popleft()
+                yield payload
+        except SoloError as error:
+            raise type(error)(_own_words(error)) from error
+        except (RuntimeError, OSError) as error:
+            if (fault := self._trouble(error)) is None:
+                raise
+            raise EnvironmentFault(fault) from error
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+    def _start(self, images: int) -> DataLoader:
+        workers = worker_count(self._job.config.num_workers)
+        options: dict[str, Any] = {}
+        if workers:
+            options = {"prefetch_factor": self._prefetch(workers, images), "timeout": self._job.config.timeout}
+        return DataLoader(
+            self._maker,
+            sampler=_Plan(self),
+            batch_size=None,
+            collate_fn=same,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that making an iterator does not advance the global one
+            **options,
+        )
+
+    def _prefetch(self, workers: int, images: int) -> int:
+        """How many batches each worker may make ahead, so that they all fit into shared memory."""
+        batch, free = self._bytes(images), free_shared_memory()
+        if free is None or _PREFETCH * workers * batch <= free:
+            return _PREFETCH
+        need = f"{workers} data workers with batches of {_mib(batch)} need {_mib(_PREFETCH * workers * batch)}"
+        have = f"{_SHARED} has {_mib(free)} free"
+        if workers * batch > free:
+            advice = f"lower data.num_workers to {free // (2 * batch)}, or give the container more (--shm-size)"
+            raise EnvironmentFault(f"{need} of shared memory, {have}: {advice}")
+        warn(f"{need} of shared memory, {have}: each makes only one ahead")
+        return 1
+
+    def _bytes(self, images: int) -> int:
+        channels = self._job.in_chans
+        return sum(images * channels * view.crop_size**2 * self._view_bytes for view in self._job.views)
+
+    def _trouble(self, error: Exception) -> str | None:
+        """What to tell the user, or ``None`` if this is no failure of the workers."""
+        message = str(error)
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "ancdata" in message:
+            return f"rank {rank()}: too many open files: raise the limit, ulimit -n, or lower data.num_workers"
+        if not message.startswith("DataLoader"):
+            return None
+        waiting = f"; waiting for the batch that begins with {self._first_name()}" if self._asked else ""
+        if "timed out" in message:
+            return f"rank {rank()}: no batch from a data worker within data.timeout={self._job.config.timeout:g} s{waiting}"
+        free = free_shared_memory()
+        room = "" if free is None else f" ({_SHARED} has {_mib(free)} free)"
+        advice = f"out of memory or shared memory{room}? Lower data.num_workers"
+        return f"rank {rank()}: a data worker ended ({message.splitlines()[0]}){waiting}; {advice}"
+
+    def _first_name(self) -> str:
+        return self._job.source.name(int(self._asked[0].samples[0]))
+
+
+class _Plan:
+    """The sampler of the loader: the slots of the engine's current plan."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[Slot]:
+        for slot in self._workers._plan:
+            self._workers._asked.append(slot)
+            yield slot
+
+
+def free_shared_memory() -> int | None:
+    """Bytes, or ``None`` where there is no such place."""
+    return shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+
+
+def worker_count(wanted: int) -> int:
+    """Worker processes to start: as many as wanted, but no more than processors."""
+    return min(wanted, os.cpu_count() or 1)
+
+
+def same(payload: Any) -> Any:
+    """Collation that has nothing left to do."""
+    return payload
+
+
+def _own_words(error: SoloError) -> str:
+    """The message of an error, without the traceback that torch puts before one from a worker."""
+    text = str(error)
+    return text.rstrip().splitlines()[-1].split(": ", 1)[-1] if text.startswith("Caught ") else text
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

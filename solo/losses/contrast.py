@@ -1,0 +1,85 @@
+"""InfoNCE over the global batch: local rows against gathered columns, block by block, with recomputation in the backward pass.
+
+The losses are means over a rank's own rows. A rank's gradient holds what the losses of all ranks do to its rows, as if each
+had come back through the gathering: after DDP has averaged, it is the gradient of the mean of the ranks' losses. For that the
+others need no more of a rank than its rows, which they have from the forward pass, and one or two numbers per row.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from solo.dist import gather, rank
+from solo.losses.attention import attend, row_logsumexp, weighted_keys
+
+
+class InfoNCE(torch.autograd.Function):
+    """Mean over i of ``logsumexp_j(a_i . b_j / t) - a_i . b_i / t``, j over the rows of all ranks.
+
+    With ``p_ij = softmax_j(a_i . b_j / t)`` the gradients are ``(sum_j p_ij b_j - b_i) / (n t)`` for a_i, known at the end of
+    the forward pass, and ``(sum_i p_ij a_i - a_j) / (n t)`` for b_j, which takes the logsumexps of all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, temperature: float) -> Tensor:
+        rows, keys = gather(torch.cat([a, b], dim=1)).split(a.shape[1], dim=1)                      # [M, D] each
+        mean = None
+        if ctx.needs_input_grad[0]:
+            lse, mean = attend(a, keys, temperature)                                                # [n], [n, D]
+        else:
+            lse = row_logsumexp(a, keys, temperature)
+        ctx.save_for_backward(a, b, rows, lse, mean)
+        ctx.temperature = temperature
+        return (lse - (a * b).sum(1) / temperature).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b, rows, lse, mean = ctx.saved_tensors
+        scale = grad / (len(a) * ctx.temperature)
+        for_a = for_b = None
+        if mean is not None:
+            for_a = scale * (mean - b)
+        if ctx.needs_input_grad[1]:
+            for_b = scale * (weighted_keys(b, rows, ctx.temperature, key_lse=gather(lse)) - a)
+        return for_a, for_b, None
+
+
+class NTXent(torch.autograd.Function):
+    """Mean over i of ``logsumexp_{j != i}(s_ij) - logsumexp_{j in P(i)}(s_ij)``, ``s_ij = z_i . z_j / t``, j over all ranks.
+
+    s is symmetric, so that row i of the gradient is ``1 / (n t) sum_j [p_ij + p_ji - r_ij - r_ji] z_j`` with p_ij the softmax
+    over all j != i and r_ij that over P(i): one product to compute s anew, one to sum up, and both logsumexps of every row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bank: Tensor, positives: Tensor, temperature: float) -> Tensor:
+        own = rank() * len(z)
+        lse = row_logsumexp(z, bank, temperature, own)                                              # [n]
+        s = torch.stack([(z * _rows(bank, index)).sum(1) for index in positives.T], 1) / temperature  # [n, P]
+        positive_lse = s.masked_fill(positives < 0, -math.inf).logsumexp(1)                         # [n]
+        ctx.save_for_backward(z, bank, positives, torch.stack([lse, positive_lse], 1))
+        ctx.temperature, ctx.own = temperature, own
+        return (lse - positive_lse).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        z, bank, positives, local = ctx.saved_tensors
+        t = ctx.temperature
+        lse, positive_lse = gather(local).unbind(1)                                                 # [M] each
+        out = weighted_keys(z, bank, t, local[:, 0], lse.contiguous(), ctx.own)                     # [n, D]
+        for index in positives.T:
+            others = _rows(bank, index)                                                             # [n, D]
+            s = (z * others).sum(1) / t                                                             # [n]
+            pull = (s - local[:, 1]).exp() + (s - _rows(positive_lse, index)).exp()
+            out.addcmul_(others, pull.where(index >= 0, 0.0)[:, None], value=-1)
+        return out.mul_(grad / (len(z) * t)), None, None, None
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x at ``index``; any where it is -1."""
+    return x[index.clamp(min=0)]

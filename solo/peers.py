@@ -1,0 +1,120 @@
+"""A failure of one process is the failure of all: told once, by rank 0 where it can, and every process leaves."""
+
+import json
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from solo.dist import part, rank, world_size
+from solo.errors import EnvironmentFault, SoloError
+
+# What gloo, NCCL and the store say where another process is gone or late.
+_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
+_GRACE = 2.5        # seconds that those who noticed have to say that they live
+
+
+@contextmanager
+def together(timeout: float) -> Iterator[None]:
+    """Around what several processes do together.
+
+    The first to fail leaves word in the group's store and closes its connections, which wakes the others; of those, rank 0
+    passes the word on. Where no word is left, rank 0 names who does not say that it lives.
+
+    Args:
+        timeout: seconds after which a collective fails from here on.
+
+    Raises:
+        SoloError: on rank 0, also for another rank's failure; on others only where rank 0 is silent.
+        SystemExit: 0, on the ranks that rank 0 speaks for.
+    """
+    if world_size() == 1:
+        yield
+        return
+    limit = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)     # private up to torch 2.13
+    limit(timedelta(seconds=timeout))
+    word = _Word(timeout)
+    try:
+        yield
+    except SystemExit:              # agreed: rank 0 speaks
+        word.heard()
+        raise
+    except Exception as error:
+        raise word.judge(error) from error
+
+
+class _Word:
+    def __init__(self, timeout: float) -> None:
+        self.store = dist.PrefixStore("solo/failure", dist.distributed_c10d._get_default_store())
+        self.rank, self.world, self.timeout = rank(), world_size(), timeout
+
+    def heard(self) -> None:
+        self.store.add("heard", 1)
+
+    def judge(self, error: Exception) -> BaseException:
+        """What this process ends with."""
+        try:
+            if not _LOST.search(str(error)) and self._first(error):
+                return self._spoken_for(error)
+            late = re.search("[Tt]imed? ?out", str(error))
+            return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead
+        except (RuntimeError, OSError):                         # the store lives in rank 0
+            return EnvironmentFault("rank 0 no longer answers: it was killed or lost its connection")
+
+    def _first(self, error: Exception) -> bool:
+        kind, text = (type(error).__name__, str(error)) if isinstance(error, SoloError) else (
+            "SoloError", f"{type(error).__name__}: {error}")
+        mine = json.dumps([self.rank, kind, text])
+        return self.store.compare_set("failed", "", mine).decode() == mine
+
+    def _spoken_for(self, error: Exception) -> BaseException:
+        if self.rank and not isinstance(error, SoloError):
+            traceback.print_exception(error)
+        part()
+        if self.rank == 0:
+            _until(lambda: self.store.add("heard", 0) >= self.world - 1, _GRACE)
+            return error
+        if not self._comes("spoken", 2 * _GRACE):
+            return error
+        self.store.set("bye", "")
+        return SystemExit(0)
+
+    def _followed(self, grace: float) -> BaseException:
+        if not self._comes("failed", 0.5):
+            self.store.set(f"alive/{self.rank}", "")
+            part()
+            if self.rank == 0:
+                self._find_the_lost(grace)
+            elif not self._comes("failed", _GRACE + 1):
+                late = f"it takes longer than step_timeout={self.timeout:g} s or lost its connection"
+                return EnvironmentFault(f"rank 0 no longer answers: {late}")
+        part()
+        failed, kind, text = json.loads(self.store.get("failed"))
+        self.heard()
+        if self.rank:
+            return SystemExit(0)
+        self.store.set("spoken", "")
+        self._comes("bye", 1.0)             # the store goes with this process
+        kinds: dict[str, type[SoloError]] = {each.__name__: each for each in SoloError.__subclasses__()}
+        return kinds.get(kind, SoloError)(f"rank {failed}: {text}")
+
+    def _comes(self, key: str, seconds: float) -> bool:
+        return _until(lambda: self.store.check([key]), seconds)
+
+    def _find_the_lost(self, grace: float) -> None:
+        others = {f"alive/{other}": other for other in range(1, self.world)}
+        _until(lambda: self.store.check(list(others)), grace)
+        lost = [other for key, other in others.items() if not self.store.check([key])]
+        text = f"no answer: killed, unreachable, or longer in a step than step_timeout={self.timeout:g} s"
+        self.store.set("failed", json.dumps([", ".join(map(str, lost)) or "?", "EnvironmentFault", text]))
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return held

@@ -1,0 +1,220 @@
+"""A step is the same step however it is run: over ranks, over micro-batches, over both. All in float64.
+
+What must be the same: the loss, every parameter's gradient, and all that an optimizer step moves (`StepModule`: teachers,
+queues, correlations). A method says how far that goes: `Method.gathers`, `Method.local_terms`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from solo.batch import Batch
+from solo.dist import all_reduce
+from solo.methods import Method
+from solo.nn import Queue, StepModule
+from solo.testing.case import Case
+from solo.testing.compare import Differs, Measured, double, of, require, within
+from solo.testing.ranks import run_ranks
+
+Values = dict[str, Tensor]
+_BOUND = 1e-8
+_SPEAK = {
+    "none": "no image's loss depends on another image of the step",
+    "keys": "each image is compared with every other one of the step",
+    "statistics": "an image's loss depends on means over the step's images",
+}
+
+
+def declares_what_it_gathers(case: Case) -> Measured | None:
+    """``gathers`` says how the loss, without its local terms, depends on the other images of a step.
+
+    With ``none``, a batch is the mean of its parts. Otherwise each image k times over has the same statistics but k times
+    as many keys: from 8 to 16 to 32 times, the loss settles with the one and goes on growing with the other.
+    """
+    batch = _images(case, 4)
+    whole = _step(case, [batch])
+    found, measured = "none", None
+    try:
+        measured = within(_shared(whole), _shared(_step(case, [_part(batch, r, 2) for r in range(2)])), "in two parts", _BOUND)
+    except Differs:
+        a, b, c = (float(_step(case, [_repeated(batch, times)])["loss"]) for times in (8, 16, 32))
+        found = "statistics" if abs(c - b) < 0.75 * abs(b - a) or abs(b - a) < _BOUND * max(abs(a), 1.0) else "keys"
+    declared = case.build().gathers
+    require(found == declared, f"gathers={declared!r} says that {_SPEAK.get(declared, 'nothing known')}, but {_SPEAK[found]}: "
+            f"declare gathers = {found!r}, or what each process takes from its own images alone in local_terms")
+    return measured
+
+
+def ranks_equal_one(case: Case, world: int = 2) -> Measured:
+    """Processes with a part of the batch each: loss, gradients, queues and the like of one process with all of it.
+
+    BatchNorm and dropout are in eval mode. Of the terms in ``Method.local_terms``, which are no part of that loss, loss
+    and gradients are the mean of what one process makes of each part.
+    """
+    return _ranks_equal(case, [_images(case, 4 * world)], world, per_rank_statistics=False)
+
+
+def ranks_normalise_alone(case: Case, world: int = 2) -> Measured:
+    """The same with BatchNorms in training: each process normalises by its own rows, and that is the only difference.
+
+    The one process to compare with has all rows in its loss, and normalises them by groups of one process's images.
+    """
+    return _ranks_equal(case, [_images(case, 8 * world)], world, per_rank_statistics=True)
+
+
+def ranks_accumulate(case: Case, world: int = 2) -> Measured:
+    """Processes with two micro-batches each: one process with two micro-batches of all processes' images."""
+    whole = _images(case, 8 * world)
+    return _ranks_equal(case, [_part(whole, i, 2) for i in range(2)], world, per_rank_statistics=False)
+
+
+def micro_batches_equal_one(case: Case) -> Measured:
+    """2 and 4 micro-batches: nothing moves in between; then teachers, queues, correlations as after one batch of all images.
+
+    With ``gathers = "none"`` the loss and every gradient, too.
+    """
+    batch, measured = _images(case, 8), Measured(0.0, _BOUND)
+    whole = _in_any_order(case, _step(case, [batch]))
+    for count in (2, 4):
+        parts = _in_any_order(case, _step(case, [_part(batch, i, count) for i in range(count)]))
+        kept = [name for name in whole if name.startswith("after the step")]
+        if case.build().gathers == "none":
+            kept += _shared(whole)
+        where = f"of {count} micro-batches"
+        found = within({name: whole[name] for name in kept}, {name: parts[name] for name in kept}, where, _BOUND)
+        measured = max(measured, found)
+    return measured
+
+
+INVARIANCE = (declares_what_it_gathers, micro_batches_equal_one, ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
+OVER_RANKS = (ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------------
+
+
+def _images(case: Case, count: int) -> Batch:
+    """The first images a run sees, in one batch."""
+    batches = [double(batch) for batch in case.batches(-(-count // 8))]
+    views = [torch.cat(list(views))[:count] for views in zip(*(batch.views for batch in batches), strict=True)]
+    labels, index = (torch.cat([getattr(batch, name) for batch in batches])[:count] for name in ("labels", "index"))
+    return Batch(views, labels, index)
+
+
+def _part(batch: Batch, number: int, count: int) -> Batch:
+    rows = slice(number * len(batch.labels) // count, (number + 1) * len(batch.labels) // count)
+    return Batch([view[rows] for view in batch.views], batch.labels[rows], batch.index[rows])
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    return Batch([torch.cat([view] * times) for view in batch.views], batch.labels.repeat(times), batch.index.repeat(times))
+
+
+# --- one step ------------------------------------------------------------------------------------------------------------
+
+
+def _step(case: Case, micro_batches: Sequence[Batch], rank: int = 0, world: int = 1, groups: int = 0) -> Values:
+    """A step's mean loss and gradients over micro-batches, without and with the local terms alone, and what it moved.
+
+    Args:
+        rank, world: take that part of each micro-batch.
+        groups: BatchNorms normalise by so many groups of the images, each by its own; 0: by their running statistics.
+    """
+    model = _model(case, len(micro_batches[0].labels) // world, groups)
+    values: Values = {}
+    before = _states(model)
+    for batch in micro_batches:
+        shared, local = _losses(model, _part(batch, rank, world), rank)
+        derived = _derived(model, shared) | {f"{name} (local)": value for name, value in _derived(model, local).items()}
+        values = {name: values.get(name, 0) + value / len(micro_batches) for name, value in derived.items()}
+    within(before, _states(model), "between two micro-batches", 0.0)
+    model.after_step(0.0)
+    return values | {f"after the step, {name}": value for name, value in _states(model).items()}
+
+
+def _model(case: Case, images: int, groups: int) -> Method:
+    model = case.build().double().eval()
+    for norm in of(model, _BatchNorm).values() if groups else ():
+        norm.train()
+        norm.forward = _Grouped(norm, images, groups)
+    return model
+
+
+class _Grouped:
+    """A BatchNorm's forward in which the images of each of several processes are normalised by their own statistics.
+
+    Args:
+        norm: takes rows of one or several views, [V * images, ...].
+    """
+
+    def __init__(self, norm: nn.Module, images: int, groups: int) -> None:
+        self.norm, self.images, self.groups = norm, images, groups
+
+    def __call__(self, x: Tensor) -> Tensor:
+        require(len(x) % self.images == 0, f"a BatchNorm sees {len(x)} rows for {self.images} images: whose are they?")
+        parts = x.view(-1, self.groups, self.images // self.groups, *x.shape[1:]).unbind(1)     # each [V, b, ...]
+        done = [type(self.norm).forward(self.norm, part.flatten(0, 1)).view_as(part) for part in parts]
+        return torch.stack(done, dim=1).flatten(0, 2)
+
+
+def _states(model: Method) -> Values:
+    memories = of(model, StepModule).items()
+    return {f"{name}.{key}": value.clone() for name, memory in memories for key, value in memory.state_dict().items()
+            if isinstance(value, Tensor) and "running_" not in key and "num_batches_tracked" not in key}
+
+
+def _losses(model: Method, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    """The loss without its local terms, and these."""
+    torch.manual_seed(seed)
+    outputs = model.losses(batch)
+    local = torch.stack([weight * outputs[name] for name, weight in model.local_terms.items()] or [outputs["loss"] * 0]).sum()
+    return outputs["loss"] - local, local
+
+
+def _derived(model: Method, loss: Tensor) -> Values:
+    """A loss and its gradients; the graph stays."""
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    known = {f"gradient of {name}": grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
+    return {"loss": loss.detach().clone(), **known}
+
+
+def _shared(values: Values) -> Values:
+    """Loss and gradients without what belongs to local terms."""
+    return {name: value for name, value in values.items() if not name.endswith("(local)") and not name.startswith("after")}
+
+
+def _in_any_order(case: Case, values: Values) -> Values:
+    """With the rows of queues sorted: micro-batches push several views in another order."""
+    values = dict(values)
+    for name in of(case.build(), Queue):
+        keys, labels = (f"after the step, {name}.{key}" for key in ("keys", "labels"))
+        order = values[keys][:, 0].argsort()
+        order = order[values[labels][order].argsort(stable=True)]
+        values[keys], values[labels] = values[keys][order], values[labels][order]
+    return values
+
+
+# --- over ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _ranks_equal(case: Case, micro_batches: Sequence[Batch], world: int, per_rank_statistics: bool) -> Measured:
+    own, joined = (1, world) if per_rank_statistics else (0, 0)
+    expected = _step(case, micro_batches, groups=joined)
+    alone = [_step(case, micro_batches, rank, world, own) for rank in range(world)]
+    local = [name for name in expected if name.endswith("(local)")]
+    expected |= {name: torch.stack([part[name] for part in alone]).mean(0) for name in local}
+    measured = Measured(0.0, _BOUND)
+    for rank, found in enumerate(run_ranks(lambda rank: _on_rank(case, micro_batches, rank, world, own), world=world)):
+        tensors = {name: torch.from_numpy(value) for name, value in found.items()}
+        measured = max(measured, within(expected, tensors, f"on rank {rank} of {world}", _BOUND))
+    return measured
+
+
+def _on_rank(case: Case, micro_batches: Sequence[Batch], rank: int, world: int, groups: int) -> dict[str, np.ndarray]:
+    """This rank's step; losses and gradients averaged over ranks."""
+    values = _step(case, micro_batches, rank, world, groups)
+    return {name: (value if name.startswith("after") else all_reduce(value) / world).numpy() for name, value in values.items()}

@@ -1,0 +1,93 @@
+"""The benchmarks of a GPU, run dry on a CPU: that they run and go on where they were, not what they measure."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from solo.bench import epochs, gpu, kernel
+from solo.bench.measure import Row, write
+from solo.errors import ConfigError, EnvironmentFault
+from tests.conftest import ROOT
+from tests.test_learn import TINY, npz
+
+
+def lines(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def dry(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return tmp_path / "results.csv"
+
+
+@pytest.mark.parametrize("subject", [kernel, gpu])
+def test_without_a_gpu_one_line_and_no_dry_run_among_the_results(subject, dry, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFault, match="no CUDA device here") as error:
+        subject.main([])
+    assert error.value.exit_code == 5
+    with pytest.raises(ConfigError, match="give --results a file other than"):
+        subject.main(["--device", "cpu"])
+
+
+def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
+    gpu.main(["--device", "cpu", "--results", str(dry)])
+    first = lines(dry)
+    assert [*dict.fromkeys(line["id"] for line in first)] == ["K0", "KC", "K1", "K2", "K3", "K4"]
+    assert all(float(line["value"]) >= 0 for line in first)
+    assert "no --data: E1, E2 and the training are left out" in capsys.readouterr().out
+    gpu.main(["--device", "cpu", "--results", str(dry)])
+    assert lines(dry) == first and "K4: in" in capsys.readouterr().out
+
+
+def test_rows_of_another_revision_are_not_kept(dry, monkeypatch):
+    write([Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6)], dry)
+    assert list(gpu._kept(dry, "K1")) == [Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6)]
+    monkeypatch.setattr("solo.bench.measure._revision", lambda: "another")
+    assert list(gpu._kept(dry, "K1")) == []
+
+
+def test_wrong_numbers_stop_the_run(dry, monkeypatch):
+    monkeypatch.setattr(kernel, "nt_xent", lambda z, dtype=None: kernel.plain.nt_xent(z) * 1.1)
+    with pytest.raises(AssertionError, match="the gradient of NT-Xent in bfloat16 is off by"):
+        kernel.correctness("cpu", kernel.TINY)
+
+
+def test_a_mark_counts_when_it_is_first_reached():
+    seen = epochs.Board()
+    for i, accuracy in enumerate((50.0, 86.0, 84.0, 88.5), 1):
+        seen.curve.append({"epoch": i, "seconds": 10.0 * i, "val/probe_acc1": accuracy})
+    found = {row.what.rpartition(": ")[2]: row.value for row in seen.rows("nnclr")}
+    assert found == {"to 85 %": 20.0, "to 88 %": 40.0, "probe after epoch 4": 88.5, "whole training and validation": 40.0}
+
+
+def test_the_seconds_of_a_training_that_was_cut_off_count():
+    seen = epochs.Board()
+    seen.load_state_dict({"curve": [{"epoch": 1, "seconds": 100.0}]})
+    seen.on_train_start()
+    metrics = {"val/probe_acc1": torch.tensor(50.0), "train/loss": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=1)
+    seen.on_validation_end(trainer, None)
+    last = seen.state_dict()["curve"][-1]
+    assert last.pop("seconds") >= 100 and last == {"epoch": 2, "val/probe_acc1": 50.0}
+
+
+@pytest.mark.slow
+def test_epochs_and_a_training_as_long_as_fits(dry, tmp_path, monkeypatch):
+    data = tmp_path / "data" / "cifar10.npz"
+    npz(data, 120, 40)
+    tiny = [*TINY, "data.dataset=npz", f"data.train_path={data}", f"checkpoint.dir={tmp_path / 'runs'}", "precision=32-true"]
+    rows = epochs.speed("E1", "nnclr", tiny)
+    assert [row.unit for row in rows] == ["images/s", "s/epoch"] and rows[0].value * rows[1].value == pytest.approx(112)
+    monkeypatch.setattr(gpu, "_TOO_SHORT", 2)
+    assert gpu._board("nnclr", rows[1].value, rows, tiny, dry) == []
+    left = 3.5 * rows[1].value * gpu._VALIDATION
+    found = gpu._board("nnclr", left, rows, tiny, dry)
+    ends = {row.what.rpartition(": ")[2] for row in found}
+    assert {"probe after epoch 3", "k-NN after epoch 3", "whole training and validation"} <= ends
+    again = gpu._board("nnclr", 0, rows, tiny, dry)             # no second left, but it is there
+    assert [row.what for row in again] == [row.what for row in found] and len(lines(dry)) == 1 + len(found)

@@ -1,0 +1,155 @@
+"""``python -m solo.certify``, and that the certificate fails where a method says or does something wrong."""
+
+import pytest
+
+from solo import certify
+from solo.dist import rank
+from solo.errors import ConfigError
+from solo.methods import METHODS, NNCLR, SCE
+from solo.methods.unigrad import CONSTANTS
+from solo.testing import Case
+from solo.testing.certificate import Row
+from solo.testing.compare import Measured
+from solo.testing.invariance import (
+    OVER_RANKS,
+    declares_what_it_gathers,
+    micro_batches_equal_one,
+    ranks_accumulate,
+    ranks_equal_one,
+    ranks_normalise_alone,
+)
+from tests.conftest import ROOT
+
+HERE = "tests.test_certify:"
+
+
+class SaysNone(NNCLR):
+    gathers = "none"
+
+
+class SaysStatistics(NNCLR):
+    gathers = "statistics"
+
+
+class SaysKeys(SCE):
+    gathers = "keys"
+
+
+class Moves(NNCLR):
+    """Its queue takes a micro-batch at once."""
+
+    def losses(self, batch):
+        outputs = super().losses(batch)
+        self.queue.land()
+        return outputs
+
+
+class Differs(NNCLR):
+    """Its second rank weighs its loss a little less."""
+
+    def losses(self, batch):
+        outputs = super().losses(batch)
+        return {**outputs, "loss": outputs["loss"] * (1 - 1e-6 * rank())}
+
+
+class Couples(SCE):
+    """Its loss is a mean over the batch's images, but not over those of the other processes."""
+
+    def losses(self, batch):
+        outputs = super().losses(batch)
+        return {**outputs, "loss": outputs["loss"] + outputs["feats"].mean(0).square().mean()}
+
+
+@pytest.mark.parametrize("name, found", [("SaysNone", "keys"), ("SaysStatistics", "keys"), ("SaysKeys", "none"),
+                                         ("Couples", "statistics")])
+def test_a_wrong_declaration_is_refused_and_the_right_one_named(name, found):
+    with pytest.raises(AssertionError, match=f"declare gathers = '{found}'"):
+        declares_what_it_gathers(Case(HERE + name))
+
+
+def test_a_memory_that_moves_between_micro_batches_is_found():
+    with pytest.raises(AssertionError, match="queue.keys between two micro-batches differs"):
+        micro_batches_equal_one(Case(HERE + "Moves"))
+
+
+@pytest.mark.parametrize("check", OVER_RANKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", ["Differs", "Couples"])
+def test_ranks_that_differ_are_found(check, name):
+    with pytest.raises(AssertionError, match="on rank 0 of 2 differs"):
+        check(Case(HERE + name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("check", [ranks_equal_one, ranks_normalise_alone, ranks_accumulate], ids=lambda check: check.__name__)
+def test_four_ranks(check, name):
+    check(Case(name), world=4)
+
+
+def test_the_groups_of_batch_norm_are_the_processes():
+    """In one process with BatchNorm over all its rows the same comparison fails: the check tells the two apart."""
+    from solo.testing import invariance
+
+    batch = invariance._images(Case("nnclr"), 16)
+    apart, together = (invariance._step(Case("nnclr"), [batch], groups=groups)["loss"] for groups in (2, 1))
+    assert abs(apart - together) > 1e-3
+
+
+def test_every_form_of_unigrad_declares_something():
+    assert {form: Case("unigrad", method_kwargs={"form": form}).build().gathers for form in CONSTANTS} == {
+        "unigrad": "statistics", "simclr": "keys", "moco": "none", "simsiam": "statistics",
+        "byol_directpred": "statistics", "barlow": "statistics", "vicreg": "statistics",
+    }
+
+
+# --- the command -------------------------------------------------------------------------------------------------------------
+
+ROWS = [Row("holds well", "", Measured(1.5e-12, 1e-8)), Row("same bits", "", Measured(0, 0)), Row("trains", "", None)]
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Stands in for the checks; returns what they find and the case they got."""
+    found, cases = list(ROWS), []
+    monkeypatch.setattr(certify, "certificate", lambda case, worlds: cases.append((case, worlds)) or iter(found))
+    monkeypatch.syspath_prepend("")
+    return found, cases
+
+
+def test_a_table_and_its_exit_code(rows, capsys):
+    assert certify.main(["nnclr"]) == 0
+    said = capsys.readouterr().out
+    assert "nnclr: 3 of 3 hold" in said and "1.5e-12" in said
+    rows[0].append(Row("ranks equal one", "loss on rank 1 of 2 differs: by 0.3", Measured(0.3, 1e-8)))
+    assert certify.main(["nnclr"]) == 1
+    said = capsys.readouterr().out
+    assert "3 of 4 hold" in said and "ranks equal one: loss on rank 1 of 2 differs: by 0.3" in said
+
+
+def test_markdown(rows, capsys):
+    assert certify.main(["nnclr", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| `nnclr` | result | largest difference | bound |", "|---|---|---|---|",
+        "| holds well | holds | 1.5e-12 | 1e-08 |", "| same bits | holds | 0 | 0 |", "| trains | holds |  |  |",
+    ]
+
+
+def test_a_recipe_made_small(rows):
+    path = ROOT / "scripts" / "pretrain" / "imagenet" / "sce-multicrop.yaml"
+    assert certify.main(["sce", "--config", str(path), "--ranks", "3"]) == 0
+    ((case, worlds),) = rows[1]
+    config = case.experiment()
+    assert worlds == [3] and config.method_kwargs.queue_size == 32
+    assert sorted({view.crop_size for view in config.augmentations}) == [8, 16]
+
+
+@pytest.mark.parametrize("words, line", [
+    (["nnclrr"], "did you mean 'nnclr'"),
+    (["nowhere:Nothing"], "'nowhere:Nothing' cannot be imported"),
+    (["nnclr", "--ranks", "1"], "--ranks must be at least 2 each, got 1"),
+    (["sce", "--config", str(ROOT / "scripts/pretrain/nnclr.yaml")], "is a recipe of method 'nnclr', not of 'sce'"),
+])
+def test_mistakes_are_one_line(words, line, rows):
+    with pytest.raises(ConfigError, match=line) as caught:
+        certify.main(words)
+    assert "\n" not in str(caught.value)
