@@ -43,6 +43,11 @@ class ViewBatching:
             outputs += plan.run(network, list(same))
         return outputs
 
+    @property
+    def used(self) -> bool:
+        """Whether any network has been run."""
+        return bool(self._plans)
+
     def renew(self) -> None:
         """Look at the networks anew: SyncBatchNorm may have taken the place of their norms."""
         self._plans.clear()

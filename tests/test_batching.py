@@ -11,6 +11,8 @@ from torch import nn
 from solo.backbones import BackboneConfig, build
 from solo.batching import PerView, ViewBatching
 from solo.dist import rank
+from solo.errors import ConfigError
+from solo.experiment import experiment
 from solo.methods import METHODS
 from solo.nn import mlp
 from solo.testing.case import Case, tiny
@@ -118,9 +120,14 @@ def test_methods_lose_nothing(method):
     torch.testing.assert_close(found["concat"], found["separate"], rtol=1e-6, atol=1e-9)
 
 
-def test_the_directory_is_the_same(tmp_path):
-    from solo.experiment import experiment
+def test_a_method_that_runs_its_networks_itself_is_refused():
+    model = Case("simclr", view_batching="concat").build()
+    model.losses = lambda batch: {"loss": model.backbone(batch.views[0]).sum(), "feats": model.backbone(batch.views[0])}
+    with pytest.raises(ConfigError, match="view_batching=concat: SimCLR runs its networks without self.each"):
+        model.training_step(Case("simclr").batches(1)[0], 0)
 
+
+def test_the_directory_is_the_same(tmp_path):
     folders = {experiment(tiny("nnclr", tmp_path, view_batching=mode)).run_dir(8) for mode in ("separate", "concat")}
     assert len(folders) == 1
 

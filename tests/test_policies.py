@@ -19,14 +19,14 @@ BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "reading",
     "redaction", "schedules", "config_files", "files", "lease",
 }
-PARTS = BASE | {"kernels", "losses", "nn", "batching", "compiling", "backbones"}
-PARTS |= {"towers", "representations", "optim", "checkpoint"}
+NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
+PARTS = BASE | {"kernels", "losses", *NETWORKS}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     "losses": BASE | {"kernels"},
-    **dict.fromkeys(("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
+    **dict.fromkeys(NETWORKS, PARTS),
     "methods": PARTS - {"config"},
     "data": BASE,
     "export": PARTS,

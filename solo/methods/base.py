@@ -183,6 +183,8 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
+        if self.each.mode == "concat" and not self.each.used:
+            raise ConfigError(f"view_batching=concat: {type(self).__name__} runs its networks without self.each: use separate")
         outputs["feats"] = outputs["feats"].detach()
         return outputs
 
