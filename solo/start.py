@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
         EnvironmentFault: a rank cannot see the file, another job owns the directory, or there is no room in it.
     """
     decided, error, lease = "", SoloError("refused by rank 0"), ExitStack()
+    there_before = run_dir.parent.exists()
     if trainer.global_rank == 0:
         try:
             lease.enter_context(owning(run_dir))
@@ -65,6 +66,9 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
     decided = gather_text(decided, trainer.strategy.root_device)
     if not decided:
         lease.close()
+        if not there_before:            # what is refused leaves nothing behind
+            with suppress(OSError):
+                run_dir.parent.rmdir()
         end_together(error)
     path, size, complete = json.loads(decided)
     if path is not None:

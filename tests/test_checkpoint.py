@@ -132,7 +132,7 @@ def test_a_manifest_names_files_beside_it_only(tmp_path):
         rows = [{"file": name, "sha256": "0", "step": step, "epoch": 0} for step in range(3)]
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / checkpoint.MANIFEST).write_text(json.dumps(rows))
-        with pytest.raises(ConfigError, match="not the name of a file"):
+        with pytest.raises(ConfigError, match="which is no file beside it"):
             checkpoint.prune(tmp_path / "run")
     assert outside.read_text() == "mine"
 

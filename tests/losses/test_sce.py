@@ -137,7 +137,8 @@ def test_target_of_a_batch_equals_official(golden, kind, size, dtype):
     x = cast(z, dtype)
     k, queue = F.normalize(x["k_raw" if kind == "single" else "k_raw_all"], dim=-1), x.get("queue")
     batch = [k] if kind == "keys" else None
-    ours = sce._targets(k[None], queue, batch, z.params["temp_m"], z.params["coeff"], mask_self=kind == "keys")[0].double()
+    past = None if queue is None else sce._over_queue(k[None], k[None], queue, 1.0, z.params["temp_m"]).targets
+    ours = sce._targets(k[None], past, batch, z.params["temp_m"], z.params["coeff"], mask_self=kind == "keys")[0].double()
     own = z["target"][:, :1] * k.double() if kind == "single" else 0            # its keys: the own one, those of the batch
     past = torch.cat([*(batch or []), *([] if queue is None else [queue])]).double()
     expected = own + z["target"][:, kind == "single" :] @ past                  # [N, D]
