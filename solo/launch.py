@@ -113,7 +113,7 @@ class Job:
 
 def _requeue(job: str) -> str:
     """Ask SLURM to start the job again; what came of it, in words."""
-    if not re.fullmatch(r"\d+(_\d+)?", job):
+    if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
         return f"not requeued: SLURM_JOB_ID={job!r} is no job's number; submit the same command to continue"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
@@ -229,7 +229,7 @@ def _job(options: argparse.Namespace) -> dict[str, str | int]:
         "qos": options.qos, "constraint": options.constraint,
     }
     for name in ("partition", "account", "qos", "constraint"):      # these end up as lines of a shell script
-        if job[name] and not re.fullmatch(r"[\w.,:&|@+\-]+", job[name]):
+        if job[name] and not re.fullmatch(r"[A-Za-z0-9_.,:&|@+\-]+", job[name]):
             raise ConfigError(f"--{name} must be a plain word, got {job[name]!r}")
     return {name: value for name, value in job.items() if value}
 

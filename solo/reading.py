@@ -157,27 +157,27 @@ def _names(description: bytes) -> set[str]:
 
 
 def _judge_content(content: Any, sizes: set[int], also: tuple[type, ...]) -> None:
-    """Only tensors that lie wholly in the file, and plain containers not nested too deeply; shared parts are seen once."""
-    seen: set[int] = set()
-    layer: list[Any] = [content]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for value in layer:
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(value, Tensor):
-                _judge_tensor(value, sizes)
-            elif isinstance(value, Mapping):
-                below += [*value, *value.values()]
-            elif isinstance(value, (list, tuple, set)):
-                below += value
-            elif not isinstance(value, (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, *also)):
-                raise ValueError(f"it holds a {type(value).__name__}")
-        if not below:
-            return
-        layer = below
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    """Only tensors that lie wholly in the file, and plain containers, neither deep nor large when all is written out."""
+    plain: tuple[type, ...] = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, *also)
+    known: dict[int, int] = {}      # of each container, how many values it has with those inside
+
+    def count(value: Any, depth: int) -> int:
+        if isinstance(value, Tensor):
+            _judge_tensor(value, sizes)
+        if isinstance(value, Tensor) or isinstance(value, plain):
+            return 1
+        if not isinstance(value, (Mapping, list, tuple, set)):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        if id(value) not in known:
+            if depth == MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+            parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+            known[id(value)] = 1 + sum(count(part, depth + 1) for part in parts)
+        if known[id(value)] > _MAX_WORDS:
+            raise ValueError(f"it has more than {_MAX_WORDS} values")
+        return known[id(value)]
+
+    count(content, 0)
 
 
 def _judge_tensor(tensor: Tensor, sizes: set[int]) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,43 @@ def load_golden(name: str) -> Golden:
         golden = Golden({key: torch.from_numpy(np.array(file[key])) for key in file.files if key != "params"})
         golden.params = json.loads(str(file["params"]))
     return golden
+
+
+def near(address: Any) -> bool:
+    """Whether a socket's address is on this machine."""
+    host = address[0] if isinstance(address, tuple) else ""         # a path, of a Unix socket
+    return host in ("", "localhost", "0.0.0.0", "::", "::1", socket.gethostname()) or str(host).startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """A test that reaches out fails, also where the caller forgives every `Exception`; child processes are told to stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", _guarded_look_up(socket.getaddrinfo))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        yield
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self: socket.socket, *arguments: Any) -> Any:
+        address = next(argument for argument in reversed(arguments) if not isinstance(argument, (bytes, int)))
+        return method(self, *arguments) if near(address) else _refuse(address)
+
+    return guarded
+
+
+def _guarded_look_up(look_up: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(host: Any, *arguments: Any, **options: Any) -> Any:
+        return look_up(host, *arguments, **options) if near((host or "",)) else _refuse(host)
+
+    return guarded
+
+
+def _refuse(address: Any) -> None:
+    pytest.fail(f"a test reached out to {address}")
 
 
 @pytest.fixture(autouse=True)

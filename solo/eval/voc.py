@@ -120,7 +120,7 @@ def _images(config: VOCEvaluation, source: Pretrained, data: DataConfig) -> Imag
     if len(set(splits)) < len(splits):
         raise ConfigError(f"train, val and test must be different splits, got {', '.join(splits)}: "
                           f"val=null takes a fifth of train for val")
-    assert data.size and data.mean and data.std
+    assert data.size is not None and data.mean is not None and data.std is not None
     size, mean, std = data.size, tuple(data.mean), tuple(data.std)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = source.backbone.to(device)

@@ -59,12 +59,15 @@ def resnet(**kwargs: Any) -> Maker:
     return saved(config_of(backbone={"name": "resnet18", "kwargs": kwargs}))
 
 
-for place, put in PLACES.items():
-    for payload in ("os-system", "exec", "popen"):
-        attack(f"checkpoint/{payload}-as-{place}")(
-            lambda file, ran, put=put, payload=payload: save(put(payloads(ran)[payload]), file))
-for payload in ("eval", "open", "path", "runpy", "torch-load", "getattr"):
-    attack(f"checkpoint/{payload}")(lambda file, ran, payload=payload: save(whole(x=payloads(ran)[payload]), file))
+PAYLOADS: dict[str, Maker] = {
+    f"{payload}-as-{place}": lambda file, ran, put=put, payload=payload: save(put(payloads(ran)[payload]), file)
+    for place, put in PLACES.items() for payload in ("os-system", "exec", "popen")
+} | {
+    payload: lambda file, ran, payload=payload: save(whole(x=payloads(ran)[payload]), file)
+    for payload in ("eval", "open", "path", "runpy", "torch-load", "getattr")
+}
+for name, make in PAYLOADS.items():
+    attack(f"checkpoint/{name}")(make)
 
 
 def legacy_tar(file: Path, ran: Path) -> None:
@@ -89,15 +92,11 @@ each(
 
 # Archives by hand.
 
-HEAD = b"".join((
-    b"\x80\x02}q\x00(", b"X\x0a\x00\x00\x00state_dict}", b"X\x06\x00\x00\x00epochK\x00",
-    b"X\x0b\x00\x00\x00global_stepK\x01", b"X\x04\x00\x00\x00soloX\x02\x00\x00\x00{}", b"X\x01\x00\x00\x00x",
-))
-
-
 def described(value: bytes) -> bytes:
     """The pickle of a checkpoint whose key ``x`` is what these words make."""
-    return HEAD + value + b"u."
+    facts = text(json.dumps({"version": "0", "method": "nnclr", "config": {}}))
+    parts = (text("state_dict") + b"}", text("epoch") + number(0), text("global_step") + number(1), text("solo") + facts)
+    return b"\x80\x02}(" + b"".join(parts) + text("x") + value + b"u."
 
 
 def archive(file: Path, description: bytes, members: dict[str, bytes] | None = None, compressed: bool = False) -> None:
@@ -147,7 +146,7 @@ WORDS: dict[str, bytes] = {
     "bytearray-of-half-a-gigabyte": call("builtins.bytearray", number(1 << 29)),
     "tensor-unfilled": call("torch.Tensor", number(10**8)),
     "tensor-class-unfilled": call("torch.FloatTensor", number(10**8)),
-    "storage-class-unfilled": call("torch.UntypedStorage", number(10**9)),
+    "storage-class-unfilled": call("torch.storage.UntypedStorage", number(10**9)),
     "sparse-giant": call(
         "torch._utils._rebuild_sparse_tensor", call("torch.serialization._get_layout", text("torch.sparse_coo")),
         b"(" + tensor() + tensor() + b"(" + number(10**9) + b"t\x89t"),
@@ -159,7 +158,7 @@ WORDS: dict[str, bytes] = {
     "counter": call("collections.Counter", text("abc")),
     "nested-100000-deep": b"]" * 100_000 + b"a" * 99_999,
     "itself-inside": b"]q\x05h\x05a",
-    "doubled-40-times": b"]q\x05" + b"".join(b"](" + 2 * (b"h" + bytes([5 + i])) + b"eq" + bytes([6 + i]) for i in range(40)),
+    "doubled-40-times": b"(]q\x05%st" % b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(5, 45)),
     "a-million-lists": b"(" + b"]" * 1_000_001 + b"t",
     "stack-global": text("os") + text("system") + b"\x93",
     "unknown-word": b"\xff",

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from solo.errors import ConfigError, DataError
 from solo.eval.results import record
 from solo.experiment import experiment
 from solo.reading import read_tensors
-from tests.attacks import registry
+from tests.attacks import checkpoints, configs, datasets, fuzz, registry
 from tests.attacks.make import ATTACKS, made
 from tests.attacks.sandbox import MIB, SECONDS, confined
 
@@ -50,8 +51,8 @@ def read_checkpoint(file: Path, name: str) -> None:
     doors: list[Callable[[], object]] = [lambda: export.load(file)]
     if not is_plain_data(name):
         doors.append(lambda: checkpoint.provenance(checkpoint.read(file), file))
-    if "-as-" in name:
-        doors.append(lambda: read_tensors(file))
+    if (short := name.split("/")[1]) in (*checkpoints.WORDS, *checkpoints.PAYLOADS):
+        doors.append(lambda: read_tensors(file, stand_ins=short in checkpoints.WORDS))
     for door in doors:
         with pytest.raises(ConfigError) as refused:
             door()
@@ -157,7 +158,51 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {path for path in tmp_path.rglob("*")} - before <= known, "it wrote files"
 
 
+@pytest.mark.parametrize("parser", fuzz.PARSERS)
+def test_damaged_at_random(parser: str) -> None:
+    """300 inputs each; ``python -m tests.attacks.fuzz`` does 10,000."""
+    refused, read, longest, grown = fuzz.campaign(parser, 300)
+    assert refused > 20 and refused + read == 300 and longest < SECONDS
+
+
+@pytest.mark.slow
+def test_every_damage_to_a_checkpoint_with_a_manifest_is_found(tmp_path: Path) -> None:
+    """1,000 flipped bits and 200 cuts, the previous checkpoint used each time."""
+    draw = random.Random(0)
+    for step in (1, 2):
+        checkpoint.save({**checkpoints.whole(), "global_step": step}, tmp_path / f"{step}.ckpt")
+    good = (tmp_path / "2.ckpt").read_bytes()
+    for i in range(1200):
+        bad = bytearray(good)
+        if i < 1000:
+            bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        else:
+            del bad[draw.randrange(len(bad)) :]
+        (tmp_path / "2.ckpt").write_bytes(bad)
+        with pytest.raises(ConfigError, match="damaged"):
+            checkpoint.read(tmp_path / "2.ckpt")
+        assert checkpoint.newest(tmp_path) == tmp_path / "1.ckpt"
+
+
 # The harness itself: what it must be able to see.
+
+
+def test_what_the_attacks_are_made_of_is_readable_without_the_attack(tmp_path: Path) -> None:
+    saved, by_hand = tmp_path / "saved.ckpt", tmp_path / "hand.ckpt"
+    checkpoints.save(checkpoints.whole(), saved)
+    checkpoints.archive(by_hand, checkpoints.described(checkpoints.tensor()), checkpoints.FOUR)
+    for file in (saved, by_hand):
+        assert checkpoint.provenance(checkpoint.read(file), file)["method"] == "nnclr"
+    assert torch.equal(checkpoint.read(by_hand)["x"], torch.zeros(4))
+    for surface, suffix in (("npz", ".npz"), ("tar", ".tar")):
+        file = tmp_path / f"x{suffix}"
+        (datasets.npz() if surface == "npz" else datasets.tar())(file, tmp_path / "RAN")
+        read_images(file, f"{surface}/x")
+    (tmp_path / "x.yaml").write_text(configs.BASE)
+    argv = list(sys.argv)
+    run_command(tmp_path / "x.yaml", "yaml/x")
+    sys.argv[:] = argv
+    assert decode(datasets.jpeg(), 3).shape == decode(datasets.png(16, 16), 3).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("payload", ["os-system", "popen", "exec", "eval", "open", "path", "runpy"])

@@ -1,0 +1,32 @@
+"""The guard of tests/conftest.py: what leaves this machine fails, what stays does not."""
+
+import http.server
+import socket
+import threading
+import urllib.request
+
+import pytest
+
+
+def reach(host, port):
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as one:
+        one.settimeout(1)
+        one.connect((host, port))
+
+
+@pytest.mark.parametrize("attempt", [
+    lambda: reach("192.0.2.1", 80),                                             # an address nobody has
+    lambda: urllib.request.urlopen("http://example.invalid/x", timeout=1),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+    lambda: socket.create_connection(("example.invalid", 80), timeout=1),
+])
+def test_what_leaves_this_machine_fails(attempt):
+    with pytest.raises(pytest.fail.Exception, match="reached out"):
+        attempt()
+
+
+def test_what_stays_does_not():
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    reach("localhost", server.server_port)
+    server.server_close()
