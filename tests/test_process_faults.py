@@ -15,7 +15,7 @@ import pytest
 from solo import checkpoint
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SCRIPT = """
 import os, signal, sys, time
