@@ -72,6 +72,8 @@ def _watch(children: list[subprocess.Popen[bytes]], done: threading.Event) -> No
             return
         if any(codes):
             break
+    else:
+        return
     if done.wait(GRACE if any(code and code < 0 for code in codes) else SPOKEN):
         return
     for child in children:
