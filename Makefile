@@ -16,7 +16,8 @@ demo: env
 # Two test processes of one thread each: torch otherwise takes every core for each of them.
 test test-fast: export OMP_NUM_THREADS = 1
 test: env
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not alone" $(ARGS)
+	$(RUN) -m pytest -m alone
 
 test-fast: env
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)

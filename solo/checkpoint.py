@@ -2,16 +2,14 @@
 
 A checkpoint counts when its directory's ``manifest.json`` names it and its SHA-256 matches. It is written to a
 temporary file beside its place, synced, renamed, and only then entered in the manifest, so an interrupted write
-leaves the previous one in force.
+leaves the previous one in force. Where the manifest is lost, what can be read whole stands in for it.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +19,7 @@ from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from solo.errors import ConfigError, NumericsError
+from solo.files import digest, sweep, write_file
 from solo.reading import parse_json, read_json, read_tensors
 
 log = logging.getLogger(__name__)
@@ -47,65 +46,19 @@ class Entry:
             raise ValueError(f"step, epoch or keep of {self.file} is of another type")
 
 
-def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
-    """Write a file so that its name always holds the old or the new content, whatever happens meanwhile.
-
-    Args:
-        path: the file; its folder is made.
-        write: the content, or a function that writes it.
-
-    Returns:
-        SHA-256 of the content, hexadecimal.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            file.write(write) if isinstance(write, bytes) else write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest_hex = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-    return digest_hex
-
-
-def _sha256(file: BinaryIO) -> str:
-    total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
-    return total.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return _sha256(file)
-
-
 def manifest(folder: str | Path) -> list[Entry]:
-    """The checkpoints of a folder in the order of their steps."""
+    """The checkpoints of a folder in the order of their steps.
+
+    Raises:
+        ConfigError: there is a manifest, and it cannot be read.
+    """
     path = Path(folder) / MANIFEST
     if not path.exists():
         return []
     try:
         return sorted((Entry(**row) for row in read_json(path)), key=lambda entry: entry.step)
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{path} is not a manifest of checkpoints ({error}): remove it to start over from scratch") from error
+        raise ConfigError(f"{path} is not a manifest of checkpoints ({error})") from error
 
 
 def _write_manifest(folder: Path, entries: list[Entry]) -> None:
@@ -124,53 +77,133 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
         NumericsError: a weight is not finite; nothing is written.
     """
     path = Path(path)
-    broken = [name for name, value in checkpoint["state_dict"].items() if not _finite(value)]
+    tensors = _tensors({key: checkpoint[key] for key in ("state_dict", "optimizer_states") if key in checkpoint})
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise NumericsError(
             f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
             f"first {broken[0]}; the last good checkpoint stays"
         )
-    sha256 = write_file(path, lambda file: torch.save(dict(checkpoint), file))
+    sha256 = write_file(path, lambda file: _serialise(checkpoint, file))
     entry = Entry(file=path.name, sha256=sha256, step=int(checkpoint["global_step"]), epoch=int(checkpoint["epoch"]), keep=keep)
     _write_manifest(path.parent, [other for other in manifest(path.parent) if other.file != path.name] + [entry])
 
 
-def _finite(value: Any) -> bool:
-    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, (Mapping, list, tuple)):
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in items:
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _serialise(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(dict(checkpoint), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):      # a full disk, hidden by torch's own complaint about the rest
+            raise error.__context__ from None
+        raise
 
 
 def prune(folder: str | Path, newest: int = 2) -> None:
     """Remove all but the newest ones and those to keep; the manifest forgets them first."""
     folder = Path(folder)
     entries = manifest(folder)
-    dropped = [entry for entry in entries[:-newest] if not entry.keep]
+    there = [entry for entry in entries if (folder / entry.file).is_file()]
+    dropped = [entry for entry in there[:-newest] if not entry.keep]
     if dropped:
         _write_manifest(folder, [entry for entry in entries if entry not in dropped])
         for entry in dropped:
             (folder / entry.file).unlink(missing_ok=True)
 
 
-def newest(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a folder whose checksum holds, or None where there never was one.
+@dataclass(frozen=True)
+class Survey:
+    """What a folder holds.
+
+    Attributes:
+        valid: what its manifest should name; of these the newest has been checked.
+        damaged: files on the way to that one, and what is wrong with each.
+    """
+
+    valid: list[Entry]
+    damaged: dict[str, str]
+
+
+def survey(folder: str | Path) -> Survey:
+    """Look from the newest checkpoint back for one that is whole; where no entry is, look at the files without one.
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged.
     """
-    folder = Path(folder)
-    damaged: list[str] = []
-    entries = manifest(folder)
-    if not entries and (strays := sorted(path.name for path in folder.glob("*.ckpt"))):
-        log.warning("%s: %s not named by %s (an interrupted write?): ignored", folder, ", ".join(strays), MANIFEST)
+    folder, damaged, entries = Path(folder), {}, []
+    try:
+        entries = manifest(folder)
+    except ConfigError as error:
+        damaged[MANIFEST] = str(error)
     for entry in reversed(entries):
         path = folder / entry.file
         if path.is_file() and digest(path) == entry.sha256:
-            for line in damaged:
-                log.warning("%s; going back to %s", line, path.name)
-            return path
-        damaged.append(f"{path} is {'damaged (its checksum differs)' if path.is_file() else 'missing'}")
-    if damaged:
-        raise ConfigError("\n".join(damaged) + f"\nno valid checkpoint is left in {folder}: start anew with resume=never")
-    return None
+            break
+        damaged[entry.file] = f"{path} is {'damaged (its checksum differs)' if path.is_file() else 'missing'}"
+    valid = [entry for entry in entries if entry.file not in damaged]
+    if not valid:
+        for path in sorted(set(folder.glob("*.ckpt")) - {folder / entry.file for entry in entries}):
+            damaged.setdefault(MANIFEST, f"{folder / MANIFEST} does not name {path.name}")
+            try:
+                content = _content(path)
+            except ConfigError as error:
+                damaged[path.name] = str(error)
+            else:
+                step, epoch = int(content["global_step"]), int(content["epoch"])
+                valid.append(Entry(file=path.name, sha256=digest(path), step=step, epoch=epoch, keep=True))
+    if damaged and not valid:
+        lines = [*damaged.values(), f"no valid checkpoint is left in {folder}: start anew with resume=never"]
+        raise ConfigError("\n".join(lines))
+    return Survey(sorted(valid, key=lambda entry: entry.step), damaged)
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a folder that is whole, or None where there never was one; changes nothing.
+
+    Raises:
+        ConfigError: there are checkpoints, and each is damaged.
+    """
+    found = survey(folder)
+    if not found.valid:
+        return None
+    path = Path(folder) / found.valid[-1].file
+    for line in found.damaged.values():
+        log.warning("%s; going back to %s", line, path.name)
+    return path
+
+
+def repair(folder: str | Path) -> None:
+    """Put a folder in order before its run goes on: the manifest names nothing that is known to be damaged.
+
+    What is damaged is kept under another name, ``*.corrupt``; what killed writers left is removed.
+
+    Raises:
+        ConfigError: there are checkpoints, and each is damaged; then nothing is changed.
+    """
+    folder = Path(folder)
+    sweep(folder)
+    found = survey(folder)
+    if not found.valid:
+        return
+    for name, problem in found.damaged.items():
+        if (folder / name).exists():
+            os.replace(folder / name, folder / f"{name}.corrupt")
+            problem += f", kept as {name}.corrupt"
+        log.warning("%s; going back to %s", problem, found.valid[-1].file)
+    if found.damaged:
+        _write_manifest(folder, found.valid)
+    named = {entry.file for entry in found.valid}
+    for path in folder.glob("step-*.ckpt"):             # forgotten by the manifest, and the removal was interrupted
+        if path.name not in named and path.name < found.valid[-1].file:
+            path.unlink()
 
 
 def resolve(path: str | Path, key: str = "checkpoint") -> Path:
@@ -203,9 +236,22 @@ def read(path: str | Path) -> dict[str, Any]:
         ConfigError: missing, damaged, or holding anything but tensors and plain values.
     """
     path = resolve(path)
-    expected = {entry.file: entry.sha256 for entry in manifest(path.resolve().parent)}.get(path.resolve().name)
-    if expected is not None and digest(path) != expected:
+    if _known(path) not in (None, digest(path)):
         raise ConfigError(f"{path} is damaged: its checksum differs from {MANIFEST}")
+    return _content(path)
+
+
+def _known(path: Path) -> str | None:
+    """The checksum of a file by its folder's manifest; None where there is none, and the file's own must do."""
+    try:
+        entries = manifest(path.resolve().parent)
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None
+    return next((entry.sha256 for entry in entries if entry.file == path.resolve().name), None)
+
+
+def _content(path: Path) -> dict[str, Any]:
     content = read_tensors(path)
     state = content.get("state_dict")
     if not isinstance(content.get("solo"), str) or not isinstance(state, dict):

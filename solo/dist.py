@@ -80,6 +80,23 @@ def sum_joint(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_packed(*tensors: Tensor) -> list[Tensor]:
+    """Rows of every rank in rank order of several tensors, by one collective; no gradient.
+
+    Args:
+        tensors: [B, ...] each, of any types, the same shapes on every rank.
+
+    Returns:
+        [world_size * B, ...] each.
+    """
+    if world_size() == 1:
+        return list(tensors)
+    rows = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in tensors]
+    parts = gather(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
+    return [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
+
+
+@torch.no_grad()
 def gather_uneven(x: Tensor) -> Tensor:
     """Rows of every rank in rank order when ranks hold different numbers of rows; no gradient.
 
@@ -126,9 +143,10 @@ def end_together(error: SoloError) -> NoReturn:
 
     Raises:
         SoloError: on rank 0.
+        SystemExit: on the others, with the error as its cause.
     """
     if rank() != 0:
-        raise SystemExit(0)
+        raise SystemExit(0) from error
     raise error
 
 

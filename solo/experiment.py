@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 
 from solo import devices
 from solo.backbones import BackboneConfig
+from solo.batching import Mode
 from solo.callbacks.checkpoint import CheckpointConfig
 from solo.callbacks.health import HealthConfig
 from solo.callbacks.knn import KNNConfig
@@ -64,6 +65,8 @@ class Experiment:
 
     ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher;
     null trains without one where a method can.
+    ``view_batching``: ``concat`` runs all views of one size as one batch, with BatchNorm still per view (`solo.batching`).
+    ``compile``: ``torch.compile`` of backbone and heads, which takes a minute before the first step.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
     ``step_timeout``: seconds after which several processes give up on one that does not answer.
     ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
@@ -78,6 +81,8 @@ class Experiment:
     augmentations: list[View]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    view_batching: Mode = "separate"
+    compile: bool = False
     auto_batch_size: bool = False
     auto_lr: bool = False
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -123,7 +128,7 @@ class Experiment:
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that change what is learned and differ from another config: (its value, this one's)."""
-        theirs, own = _flat(_learned(other)), _flat(_learned(redacted(self.to_json())))
+        theirs, own = flat(_learned(other)), flat(_learned(redacted(self.to_json())))
         return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
@@ -134,7 +139,7 @@ class Experiment:
 
 _NOT_LEARNED = (
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
-    *("auto_batch_size", "auto_lr", "step_timeout"),
+    *("view_batching", "compile", "auto_batch_size", "auto_lr", "step_timeout"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
     *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),
@@ -162,13 +167,14 @@ def _learned(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _flat(content: Any, path: str = "") -> dict[str, Any]:
+def flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
     if not isinstance(content, dict):
         return {path: content}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in content.items():
-        flat |= _flat(part, f"{path}.{name}" if path else name)
-    return flat
+        found |= flat(part, f"{path}.{name}" if path else name)
+    return found
 
 
 def experiment(values: dict[str, Any]) -> Experiment:

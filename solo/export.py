@@ -20,6 +20,7 @@ from solo.backbones import BackboneConfig
 from solo.config import bind, plain
 from solo.console import quiet_libraries, say
 from solo.errors import ConfigError, EnvironmentFault, reported
+from solo.files import digest, write_file
 from solo.reading import read_safetensors, read_tensors
 
 _MAX_SIZE = 4096        # pixels of a side that a file may ask for
@@ -84,14 +85,14 @@ def load(path: str | Path, backbone: str | Mapping[str, Any] | None = None, imag
         raise ConfigError(f"{path} does not fit backbone {config.name}: {problem}")
     model = backbones.build(config, in_chans, image_size or 224)
     model.load_state_dict(weights)
-    return Pretrained(model.eval(), config, in_chans, image_size, experiment, path, checkpoint.digest(path))
+    return Pretrained(model.eval(), config, in_chans, image_size, experiment, path, digest(path))
 
 
 def save_backbone(backbone: nn.Module, path: str | Path) -> None:
     """Write the backbone's plain state dict, readable by ``torch.load(path, weights_only=True)`` anywhere."""
     buffer = io.BytesIO()
     torch.save(backbone.state_dict(), buffer)
-    checkpoint.write_file(Path(path), buffer.getvalue())
+    write_file(Path(path), buffer.getvalue())
 
 
 def save_safetensors(source: Pretrained, path: str | Path) -> None:
@@ -100,7 +101,7 @@ def save_safetensors(source: Pretrained, path: str | Path) -> None:
     config = {"backbone": plain(source.config), "augmentations": views}
     facts = {"method": "backbone", "config": config, "checkpoint_sha256": source.sha256}
     weights = {name: value.contiguous() for name, value in source.backbone.state_dict().items()}
-    checkpoint.write_file(Path(path), save(weights, {"format": "pt", "solo": json.dumps(facts)}))
+    write_file(Path(path), save(weights, {"format": "pt", "solo": json.dumps(facts)}))
 
 
 def backbone_weights(content: Mapping[str, Any], path: str | Path = "checkpoint") -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solo.dist import gather
+from solo.dist import gather_packed
+from solo.kernels import neighbours, wants_shadow
 from solo.losses.unigrad import correlation
-from solo.neighbours import nearest
 from solo.precision import full_precision
 from solo.schedules import cosine
 
@@ -62,10 +62,16 @@ class Queue(StepModule):
     A push lands only when `land` is called, after the optimizer step: a lookup never meets the batch it comes from,
     and however many micro-batches a step accumulates, they see the same queue.
 
+    From the first lookup on, where `wants_shadow`, a copy of the keys in bfloat16 is kept for the search: half as much memory
+    again. It follows the keys and is in no checkpoint.
+
     Args:
         size: number of rows K.
         dim: width D.
         views: pushes that a batch makes.
+
+    Attributes:
+        lookup: the last search: rows [B, D] as they asked, and the nearest [B, D] to each.
     """
 
     keys: Tensor
@@ -79,6 +85,8 @@ class Queue(StepModule):
         self.register_buffer("labels", torch.full((size,), -1, dtype=torch.long))                   # [K]
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._shadow: tuple[Tensor, Tensor, int] | None = None      # of which keys, in which version
+        self.lookup: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def nearest(self, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -90,8 +98,22 @@ class Queue(StepModule):
         Returns:
             Neighbours [B, k, D] and their labels [B, k] (-1 where unknown).
         """
-        index = nearest(unit(z).to(self.keys.dtype), self.keys, k)                                  # [B, k]
-        return self.keys[index], self.labels[index]
+        z = unit(z).to(self.keys.dtype)
+        index = neighbours(z, self.keys, k, shadow=self._current_shadow())                          # [B, k]
+        found = self.keys[index]                                                                    # [B, k, D]
+        self.lookup = z, found[:, 0]
+        return found, self.labels[index]
+
+    def _current_shadow(self) -> Tensor | None:
+        """[K, D] bfloat16; made anew where the keys were written by others than `land`, e.g. by a checkpoint."""
+        if not wants_shadow(self.keys):
+            return None
+        if self._shadow is None or not self._follows():
+            self._shadow = self.keys.bfloat16(), self.keys, self.keys._version
+        return self._shadow[0]
+
+    def _follows(self) -> bool:
+        return self._shadow is not None and self._shadow[1] is self.keys and self._shadow[2] == self.keys._version
 
     @torch.no_grad()
     def push(self, z: Tensor, labels: Tensor) -> None:
@@ -101,17 +123,22 @@ class Queue(StepModule):
             z: [B, D], normalised here.
             labels: [B].
         """
-        self._pending.append((gather(unit(z.to(self.keys.dtype))), gather(labels)))
+        rows, known = gather_packed(unit(z.to(self.keys.dtype)), labels)        # [world * B, D], [world * B]
+        self._pending.append((rows, known))
 
     @torch.no_grad()
     def land(self) -> None:
         """Write what was pushed since the last call over the oldest rows."""
+        shadow = self._shadow[0] if self._shadow is not None and self._follows() else None
         for z, labels in self._pending:
             rows = (self.pointer + torch.arange(len(z), device=z.device)) % len(self.keys)
             self.keys[rows] = z
+            if shadow is not None:
+                shadow[rows] = z.bfloat16()
             self.labels[rows] = labels
             self.pointer.copy_((self.pointer + len(z)) % len(self.keys))
         self._pending.clear()
+        self._shadow = None if shadow is None else (shadow, self.keys, self.keys._version)
 
     def after_step(self, progress: float) -> dict[str, float]:
         self.land()
@@ -205,10 +232,18 @@ class Teacher(StepModule, nn.Sequential):
     def update(self, progress: float) -> float:
         """theta <- tau theta + (1 - tau) student, in place; returns tau."""
         tau = self.momentum.tau(progress)
-        students: list[Tensor] = [parameter for module in self._students for parameter in module.parameters()]
-        teachers: list[Tensor] = list(self.parameters())
-        torch._foreach_lerp_(teachers, students, 1 - tau)
+        torch._foreach_lerp_(list(self.parameters()), self._followed(), 1 - tau)
         return tau
+
+    @torch.no_grad()
+    def distance(self) -> Tensor:
+        """Length of the difference to the student's weights, relative to the length of those."""
+        student = self._followed()
+        away = torch._foreach_sub(list(self.parameters()), student)
+        return torch.nn.utils.get_total_norm(away) / torch.nn.utils.get_total_norm(student)
+
+    def _followed(self) -> list[Tensor]:
+        return [parameter for module in self._students for parameter in module.parameters()]
 
     def after_step(self, progress: float) -> dict[str, float]:
         return {"tau": self.update(progress)}

@@ -18,6 +18,12 @@ _LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?o
 _GRACE = 2.5        # seconds that those who noticed have to say that they live
 
 
+def set_timeout(seconds: float) -> None:
+    """Let collectives of the default group fail after this time from here on."""
+    limit = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)     # private up to torch 2.13
+    limit(timedelta(seconds=seconds))
+
+
 @contextmanager
 def together(timeout: float) -> Iterator[None]:
     """Around what several processes do together.
@@ -35,8 +41,7 @@ def together(timeout: float) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    limit = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)     # private up to torch 2.13
-    limit(timedelta(seconds=timeout))
+    set_timeout(timeout)
     word = _Word(timeout)
     try:
         yield

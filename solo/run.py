@@ -1,31 +1,30 @@
 """An experiment from its config to its last checkpoint."""
 
-import inspect
 import json
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from solo import backbones, checkpoint, optim
+from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
+from solo.callbacks.failed import FailedStep
 from solo.callbacks.health import FiniteGuard, Health
 from solo.callbacks.knn import KNNCallback
 from solo.callbacks.metrics import MetricsLogger
+from solo.callbacks.overflow import OverflowGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
+from solo.compiling import compile_networks
 from solo.config import load
 from solo.console import quiet_libraries, say
 from solo.data.bad import AgreedCount
@@ -38,11 +37,13 @@ from solo.dist import part
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.eval.report import report
 from solo.experiment import Experiment, experiment
+from solo.files import write_file
 from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
 from solo.redaction import redacted
-from solo.start import begin, meet
+from solo.start import alike, begin
+from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
 
 
@@ -97,6 +98,7 @@ def _method(config: Experiment, in_chans: int) -> Method:
     method = METHODS[config.method](backbone, config.method_kwargs)
     method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
     method.mean, method.std = statistics(config.data)
+    method.each = ViewBatching(config.view_batching)
     return method
 
 
@@ -121,21 +123,25 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
-    meet(trainer)
+    if config.compile:
+        compile_networks(method, trainer.strategy.root_device)
+    meet(trainer, config.step_timeout)
+    alike(config, trainer.strategy.root_device)
     start = begin(config, run_dir, method, trainer)
-    if start.path is not None and start.complete:
-        say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
-        method.load_state_dict(checkpoint.read(start.path)["state_dict"])
-    else:
-        _write_config(config, run_dir)
-        _fit(trainer, method, data, start.path, config.step_timeout)
-    if data.bad.count:
-        say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
-    last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
-    if trainer.world_size > 1:
-        part()                              # the report is rank 0's alone
-    if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
-        report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
+    with start.lease:
+        if start.path is not None and start.complete:
+            say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
+            method.load_state_dict(checkpoint.read(start.path)["state_dict"])
+        else:
+            _write_config(config, run_dir)
+            _fit(trainer, method, data, start.path, config.step_timeout)
+        if data.bad.count:
+            say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
+        last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
+        if trainer.world_size > 1:
+            part()                              # the report is rank 0's alone
+        if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
+            report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
 
 
@@ -152,7 +158,7 @@ def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | No
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
     except SoloError:
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        if isinstance(trainer.strategy.launcher, Launcher):
             trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
         raise
 
@@ -165,7 +171,7 @@ def _rank() -> int:
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
         try:
-            checkpoint.write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
+            write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
         except OSError as error:
             raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 
@@ -187,10 +193,10 @@ def _trainer(
         **given,
     }
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
-        arguments["strategy"] = _ddp(max(_MEETING, config.step_timeout))
+        arguments["strategy"] = Strategy()
     classes = data.spec.classes
     provenance = {"version": library_version(), "method": config.method, "config": redacted(config.to_json())}
-    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard()]
+    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
@@ -202,6 +208,7 @@ def _trainer(
         RunProgress(),
         SettledCounters(),
         AgreedCount(),
+        FailedStep(run_dir, config.method),
         Checkpointer(config.checkpoint, run_dir, provenance),
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
@@ -220,15 +227,6 @@ def _trainer(
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
 
-_MEETING = 300.0        # seconds that processes have to find each other
-
-
-def _ddp(timeout: float) -> DDPStrategy:
-    """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
-    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-    silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    quiet: dict[str, Any] = {silent: False}
-    return DDPStrategy(find_unused_parameters=False, timeout=timedelta(seconds=timeout), **quiet)
 
 
 def main(values: dict[str, Any]) -> None:

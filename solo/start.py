@@ -1,19 +1,25 @@
 """Where a run begins: anew, or at which checkpoint. Rank 0 decides, says so, and all follow."""
 
+import hashlib
 import json
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from solo import checkpoint
 from solo.console import say
 from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
-from solo.experiment import Experiment
+from solo.experiment import Experiment, flat
+from solo.files import sweep, write_link
+from solo.lease import owning
 from solo.methods import Method
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
@@ -26,17 +32,12 @@ class Start:
     Attributes:
         path: the checkpoint to continue from, None for a new run.
         complete: nothing is left to train.
+        lease: what keeps other jobs out of the run's directory until it is closed.
     """
 
     path: Path | None
     complete: bool
-
-
-def meet(trainer: pl.Trainer) -> None:
-    """Start the other processes now, not in ``fit``, so that they can agree before anything is read."""
-    launcher = trainer.strategy.launcher
-    if trainer.world_size > 1 and launcher is not None:
-        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    lease: ExitStack = field(default_factory=ExitStack)
 
 
 def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> Start:
@@ -50,27 +51,37 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
 
     Raises:
         ConfigError: the checkpoint does not exist, is damaged, or belongs to something else.
-        EnvironmentFault: a rank cannot see the file.
+        EnvironmentFault: a rank cannot see the file, another job owns the directory, or there is no room in it.
     """
-    decided, error = "", SoloError("refused by rank 0")
+    decided, error, lease = "", SoloError("refused by rank 0"), ExitStack()
+    there_before = run_dir.parent.exists()
     if trainer.global_rank == 0:
         try:
+            lease.enter_context(owning(run_dir))
             decided = json.dumps(_decide(config, run_dir, method, trainer))
         except SoloError as refused:
             error = refused
+        except OSError as refused:
+            error = EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {refused.strerror}")
     decided = gather_text(decided, trainer.strategy.root_device)
     if not decided:
+        lease.close()
+        if not there_before:            # what is refused leaves nothing behind
+            with suppress(OSError):
+                run_dir.parent.rmdir()
         end_together(error)
     path, size, complete = json.loads(decided)
     if path is not None:
         _wait_for(Path(path), size)
-    return Start(Path(path) if path else None, complete)
+    return Start(Path(path) if path else None, complete, lease)
 
 
 def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> tuple[str | None, int, bool]:
     """The checkpoint's path and size, and whether nothing is left to train."""
     path = _choose(config, run_dir)
     if path is None:
+        if config.checkpoint.enabled:
+            _check_room(run_dir, method, path)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
     content = checkpoint.read(path)
@@ -80,6 +91,8 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
     complete = _complete(content, trainer, path)
+    if config.checkpoint.enabled and not complete:
+        _check_room(run_dir, method, path)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
     say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "
@@ -87,6 +100,39 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
     return str(path), path.stat().st_size, complete
+
+
+def alike(config: Experiment, device: torch.device | str = "cpu") -> None:
+    """Hold every rank's config, code and torch against rank 0's.
+
+    Args:
+        config: this process's.
+        device: see `gather_text`.
+
+    Raises:
+        ConfigError: on rank 0, naming what differs; the others leave.
+    """
+    facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
+    text = json.dumps(facts, default=str)
+    digests = gather_text(hashlib.sha256(text.encode()).hexdigest(), device)
+    if digests == digests[:64] * (len(digests) // 64):
+        return
+    everyone = [json.loads(line) for line in gather_text(text + "\n", device).splitlines()]
+    first, problems = everyone[0], []
+    for other, theirs in enumerate(everyone):
+        differ = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+        what = ", ".join(f"{key}={theirs.get(key)} (rank 0: {first.get(key)})" for key in differ[:5])
+        problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
+    end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
+
+
+def _code() -> str:
+    """Fingerprint of this library's source."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _choose(config: Experiment, run_dir: Path) -> Path | None:
@@ -97,7 +143,12 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
             run_dir.rename(old)
             say(f"resume=never: starting anew; the earlier run is now {old}")
         return None
+    sweep(run_dir)
+    checkpoint.repair(run_dir / "checkpoints")
     own = checkpoint.newest(run_dir / "checkpoints")
+    link = run_dir / "last.ckpt"
+    if own is not None and link.resolve() != own.resolve():     # a save was interrupted before its last move
+        write_link(link, own.relative_to(run_dir))
     if config.resume in ("auto", "never"):
         return own
     given = checkpoint.resolve(config.resume, "resume")
@@ -105,6 +156,20 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
         return given
     say(f"resume={config.resume}: this run has gone on from there")
     return own
+
+
+def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
+    """Two checkpoints must fit, one where the run has some already: a save ends before the oldest goes.
+
+    Raises:
+        EnvironmentFault: they do not.
+    """
+    tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
+    own = path is not None and path.resolve().is_relative_to(run_dir.resolve())
+    needed, free = size * (1 if own else 2), shutil.disk_usage(run_dir.parent).free
+    if free < needed:
+        raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 
 def _step(path: Path) -> int:

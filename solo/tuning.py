@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
-from solo.checkpoint import write_file
 from solo.console import log, say
 from solo.data.loaders import TrainLoader
 from solo.data.module import DataModule
 from solo.errors import ConfigError, EnvironmentFault, Interrupted, NumericsError, hearing
 from solo.experiment import Experiment
+from solo.files import write_file
 from solo.methods import Method
 from solo.reading import read_json
 

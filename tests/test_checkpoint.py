@@ -1,12 +1,18 @@
 """The writer of checkpoints: whole or not at all, checked when read, never running code."""
 
+import errno
 import json
 import os
+import random
+import resource
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from solo import checkpoint
+from solo import checkpoint, files
 from solo.errors import ConfigError, NumericsError
 
 
@@ -50,15 +56,151 @@ def test_an_interrupted_write_leaves_the_last_one_in_force(tmp_path, monkeypatch
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_every_flipped_bit_is_found(tmp_path):
-    checkpoint.save(content(), tmp_path / "1.ckpt")
-    good = (tmp_path / "1.ckpt").read_bytes()
-    for position in range(0, len(good), 37):
-        bad = bytearray(good)
-        bad[position] ^= 1 << position % 8
-        (tmp_path / "1.ckpt").write_bytes(bad)
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    path, generator = tmp_path / "1.ckpt", random.Random(7)
+    checkpoint.save(content(), path)
+    good = path.read_bytes()
+    flips = [(generator.randrange(len(good)), 1 << generator.randrange(8)) for _ in range(1000)]
+    for bad in (
+        *(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:] for at, bit in flips),
+        *(good[: generator.randrange(len(good))] for _ in range(200)),
+    ):
+        path.write_bytes(bad)
         with pytest.raises(ConfigError, match="damaged"):
-            checkpoint.read(tmp_path / "1.ckpt")
+            checkpoint.read(path)
+
+
+def test_a_damaged_one_is_set_aside_and_two_valid_ones_follow(tmp_path, caplog):
+    for step in (1, 2):
+        checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
+    bad = bytearray((tmp_path / "step-2.ckpt").read_bytes())
+    bad[len(bad) // 2] ^= 1
+    (tmp_path / "step-2.ckpt").write_bytes(bad)
+    checkpoint.repair(tmp_path)
+    assert (tmp_path / "step-2.ckpt.corrupt").read_bytes() == bad and "step-2.ckpt is damaged" in caplog.text
+    assert checkpoint.newest(tmp_path).name == "step-1.ckpt"
+    checkpoint.save(content(3), tmp_path / "step-3.ckpt")
+    checkpoint.prune(tmp_path)
+    entries = checkpoint.manifest(tmp_path)
+    assert [entry.step for entry in entries] == [1, 3]
+    assert all(checkpoint.digest(tmp_path / entry.file) == entry.sha256 for entry in entries)
+
+
+def test_a_file_that_vanished_counts_for_nothing(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
+    (tmp_path / "step-2.ckpt").unlink()
+    checkpoint.prune(tmp_path)
+    assert checkpoint.read(tmp_path / "step-1.ckpt")["global_step"] == 1
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", "[{", '[{"file": "x"}]', "\x00" * 40, '"text"'])
+def test_a_lost_manifest_is_made_again_from_what_can_be_read(tmp_path, text, caplog):
+    for step in (1, 2, 3):
+        checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
+    bad = bytearray((tmp_path / "step-3.ckpt").read_bytes())
+    bad[len(bad) // 2] ^= 1
+    (tmp_path / "step-3.ckpt").write_bytes(bad)
+    path = tmp_path / checkpoint.MANIFEST
+    path.unlink() if text is None else path.write_text(text)
+    assert checkpoint.newest(tmp_path).name == "step-2.ckpt" and not (tmp_path / "step-3.ckpt.corrupt").exists()
+    checkpoint.repair(tmp_path)
+    assert checkpoint.MANIFEST in caplog.text and (tmp_path / "step-3.ckpt.corrupt").exists()
+    assert [(entry.step, entry.keep) for entry in checkpoint.manifest(tmp_path)] == [(1, True), (2, True)]
+    assert checkpoint.read(tmp_path / "step-2.ckpt")["global_step"] == 2
+
+
+def test_without_a_valid_one_nothing_is_changed_and_never_forgotten(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
+        (tmp_path / f"step-{step}.ckpt").write_bytes(b"" if step == 1 else b"x" * 5000)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("with its manifest", "without"):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="(?s)step-1.ckpt.*no valid checkpoint is left") as caught:
+                checkpoint.repair(tmp_path)
+            assert "step-2.ckpt" in str(caught.value), name
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+        before.pop(tmp_path / checkpoint.MANIFEST, None)
+        (tmp_path / checkpoint.MANIFEST).unlink(missing_ok=True)
+
+
+def test_a_manifest_names_files_beside_it_only(tmp_path):
+    outside = tmp_path / "outside.ckpt"
+    outside.write_text("mine")
+    for name in ("../outside.ckpt", str(outside)):
+        rows = [{"file": name, "sha256": "0", "step": step, "epoch": 0} for step in range(3)]
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / checkpoint.MANIFEST).write_text(json.dumps(rows))
+        with pytest.raises(ConfigError, match="which is no file beside it"):
+            checkpoint.prune(tmp_path / "run")
+    assert outside.read_text() == "mine"
+
+
+def test_mtimes_decide_nothing(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(content(step), tmp_path / f"{step}.ckpt")
+        os.utime(tmp_path / f"{step}.ckpt", (1e9 - step, 1e9 - step))
+    assert checkpoint.newest(tmp_path).name == "3.ckpt"
+
+
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
+    checkpoint.save(content(1), tmp_path / "step-1.ckpt")
+    old, young = tmp_path / ".step-2.ckpt.elsewhere-7.abc_1.tmp", tmp_path / ".step-2.ckpt.elsewhere-8.abc_2.tmp"
+    dead = tmp_path / f".step-2.ckpt.{files.HOST}-{dead_pid()}.xy.tmp"
+    living = tmp_path / f".step-2.ckpt.{files.HOST}-{os.getpid()}.xy.tmp"
+    other = tmp_path / ".notes.tmp"
+    for path in (old, young, dead, living, other):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 10**6,) * 2)
+    pruned = tmp_path / "step-0.ckpt"
+    pruned.write_bytes(b"forgotten by the manifest, and then the process was killed")
+    checkpoint.repair(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-1.ckpt", checkpoint.MANIFEST, young.name, living.name, other.name
+    }
+
+
+def test_a_killed_writer_leaves_a_file_that_names_it(tmp_path):
+    """What `sweep` looks for is what `write_file` makes."""
+    script = f"""
+import os
+from solo import files
+files.write_file({str(tmp_path / "a.b-c.ckpt")!r}, lambda file: os.kill(os.getpid(), 9))
+"""
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert len(list(tmp_path.iterdir())) == 1
+    files.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_os_error_and_the_last_one_stays(tmp_path):
+    checkpoint.save(content(1), tmp_path / "1.ckpt")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    large = {**content(2), "state_dict": {"a": torch.zeros(1 << 17), "b": torch.zeros(1 << 17)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            checkpoint.save(large, tmp_path / "2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_optimizer_states_are_refused(tmp_path, bad):
+    state = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.tensor([1.0, bad])}}, "param_groups": [{"lr": 0.1}]}
+    with pytest.raises(NumericsError, match="step 2.*first optimizer_states.0.state.0.exp_avg"):
+        checkpoint.save({**content(2), "optimizer_states": [state]}, tmp_path / "2.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_non_finite_weights_are_refused(tmp_path):

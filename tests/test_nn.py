@@ -1,5 +1,7 @@
 """Queue, teacher and heads against the official code's numbers and their own promises."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,32 @@ def test_a_query_never_finds_itself_before_landing():
         assert (found < 0.999).all()
         queue.land()
         assert torch.nn.functional.cosine_similarity(queue.nearest(z)[0][:, 0], z).allclose(torch.ones(16))
+
+
+def test_the_shadow_follows_the_keys_whoever_writes_them(monkeypatch):
+    monkeypatch.setattr("solo.nn.wants_shadow", lambda keys: True)
+    queue = Queue(64, 8)
+    queue.nearest(torch.randn(4, 8))
+    shadow = queue._current_shadow()
+    queue.push(torch.randn(16, 8), torch.arange(16))
+    queue.land()
+    assert queue._current_shadow() is shadow and torch.equal(shadow, queue.keys.bfloat16())         # moved, not made anew
+    for write in (lambda: queue.load_state_dict(Queue(64, 8).state_dict()), lambda: queue.to(torch.float64).float(),
+                  lambda: queue.keys.zero_()):
+        write()
+        assert torch.equal(queue._current_shadow(), queue.keys.bfloat16())
+    queue.keys[3] = 1                                                       # and then a push before the next look-up
+    queue.push(torch.randn(16, 8), torch.arange(16))
+    queue.land()
+    assert torch.equal(queue._current_shadow(), queue.keys.bfloat16())
+    assert set(queue.state_dict()) == {"keys", "labels", "pointer"}
+    assert torch.equal(copy.deepcopy(queue)._current_shadow(), queue.keys.bfloat16())
+
+
+def test_no_shadow_where_no_search_reads_it():
+    queue = Queue(64, 8)
+    queue.nearest(torch.randn(4, 8))
+    assert queue._current_shadow() is None
 
 
 def test_queue_is_fifo_whatever_the_batch():

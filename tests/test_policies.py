@@ -17,20 +17,21 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "reading",
-    "redaction", "schedules", "config_files",
+    "redaction", "schedules", "config_files", "files", "lease",
 }
-PARTS = BASE | {"kernels", "losses", "neighbours", "nn", "backbones", "towers", "representations", "optim", "checkpoint"}
+NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
+PARTS = BASE | {"kernels", "losses", *NETWORKS}
 # What each part of solo may import, besides itself; a part that is not here may import everything.
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     "losses": BASE | {"kernels"},
-    "neighbours": BASE | {"kernels"},
-    **dict.fromkeys(("nn", "backbones", "towers", "representations", "optim", "checkpoint"), PARTS),
+    **dict.fromkeys(NETWORKS, PARTS),
     "methods": PARTS - {"config"},
     "data": BASE,
     "export": PARTS,
     "eval": PARTS | {"data", "export"},
+    "strategy": BASE,
     "callbacks": PARTS | {"data", "eval", "export"},
     "compat": BASE,
     "launch": {"errors", "registry"},

@@ -59,6 +59,8 @@ def test_commands(workplace):
             assert run(["make", "-n", *words[1:]], workplace)
         elif words[:2] == ["python", "launcher.py"]:
             assert "main_pretrain.py" in run([sys.executable, *words[1:], "--dry-run"], workplace)
+        elif words[:3] == ["python", "-m", "solo.certify"]:
+            assert "micro" in run([sys.executable, *words[1:]], workplace)
         else:
             assert words[0] == "python" and words[1] in ("main_pretrain.py", "main_linear.py", "main_knn.py"), command
             small = [] if "knn" in words[1] else SMALL if "pretrain" in words[1] else SMALL[:1]

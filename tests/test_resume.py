@@ -1,6 +1,8 @@
 """A run that is interrupted anywhere and continued ends with the same bits as one that is not."""
 
+import errno
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
+from solo.errors import EnvironmentFault
 from solo.experiment import experiment
+from solo.methods import METHODS
 from solo.run import pretrain
 from tests.tiny import values
 
@@ -61,19 +65,46 @@ def state(content):
     return {key: content[key] for key in ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")}
 
 
+class Enough(Exception):
+    """Ends a run that has shown what it should."""
+
+
+class FewSteps(EveryStep):
+    """Ends the run some steps after its beginning, with a checkpoint."""
+
+    def __init__(self, folder, steps):
+        super().__init__(folder)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *rest):
+        super().on_train_batch_end(trainer, *rest)
+        if len(self.losses) == self.steps:
+            raise Enough
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("method", ["nnclr", "all4one"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
+    """Two steps from each one's checkpoint lead to the bits of the checkpoint two steps later, and so to all that follow."""
     data = {"num_workers": workers, "engine": "torchvision" if workers else "auto"}
     saved = tmp_path / "saved"
     saved.mkdir()
     final, losses = traced(values(method, tmp_path / "whole", data=data), saved)
     assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) == STEPS
     for step in range(1, STEPS):
-        resumed, rest = traced(values(method, tmp_path / f"from{step}", data=data, resume=str(saved / f"{step}.ckpt")))
-        assert rest == {number: loss for number, loss in losses.items() if number > step}, f"resumed after step {step}"
-        assert_same(state(resumed), state(final), f"resumed after step {step}: ")
+        there = tmp_path / f"from{step}"
+        there.mkdir()
+        watcher = FewSteps(there, 2)
+        with suppress(Enough):
+            pretrain(experiment(values(method, there, data=data, resume=str(saved / f"{step}.ckpt"))), [watcher])
+        end = min(step + 2, STEPS)
+        assert watcher.losses == {number: losses[number] for number in range(step + 1, end + 1)}, f"resumed after step {step}"
+        found, expected = (state(checkpoint.read(folder / f"{end}.ckpt")) for folder in (there, saved))
+        assert_same(found, expected, f"resumed after step {step}: ")
+    resumed, rest = traced(values(method, tmp_path / "rest", data=data, resume=str(saved / "11.ckpt")))
+    assert rest == {number: loss for number, loss in losses.items() if number > 11}
+    assert_same(state(resumed), state(final))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -140,6 +171,58 @@ def test_no_valid_checkpoint_is_never_from_scratch(tmp_path, traced):
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(checkpoint.ConfigError, match="no valid checkpoint is left"):
         traced(content)
+
+
+def test_a_lost_manifest_is_never_from_scratch(tmp_path, traced, caplog):
+    content = values("nnclr", tmp_path, max_epochs=2)
+    traced(content)
+    folder = experiment(content).run_dir(8) / "checkpoints"
+    (folder / checkpoint.MANIFEST).unlink()
+    _, rest = traced({**content, "max_steps": 20, "max_epochs": 3, "resume": str(folder.parent)})
+    assert sorted(rest) == [17, 18, 19, 20]
+    (folder / "step-000000016.ckpt").write_bytes(b"x")
+    _, rest = traced(content)
+    assert sorted(rest) == list(range(9, 17)) and (folder / "step-000000016.ckpt.corrupt").read_bytes() == b"x"
+
+
+class Full(pl.Callback):
+    """The disk is full from one step to another."""
+
+    def __init__(self, monkeypatch, first, last):
+        self.monkeypatch, self.full = monkeypatch, range(first, last + 1)
+
+    def on_train_batch_end(self, trainer, *_):
+        def full(content, path, keep=False, save=checkpoint.save):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        self.monkeypatch.undo()
+        if trainer.global_step in self.full:
+            self.monkeypatch.setattr(checkpoint, "save", full)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, traced, monkeypatch, caplog):
+    """Saves fail after steps 3 and 4 and are tried again."""
+    whole, _ = traced(values("nnclr", tmp_path / "whole", max_epochs=1))
+    content = values("nnclr", tmp_path, max_epochs=1, checkpoint={"minutes": 0})
+    result = pretrain(experiment(content), extra_callbacks=[Full(monkeypatch, 3, 4)])
+    assert_same(state(checkpoint.read(result.checkpoint)), state(whole))
+    warned = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert ["(1 of 3)" in warned[0], "(2 of 3)" in warned[1], len(warned)] == [True, True, 2]
+
+
+@pytest.mark.parametrize(("first", "last", "kept"), [(3, 8, 2), (8, 8, 7)])
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint(tmp_path, traced, monkeypatch, first, last, kept):
+    """After three saves in a row; at once where no other save would follow."""
+    content = values("nnclr", tmp_path, max_epochs=1, checkpoint={"minutes": 0})
+    with pytest.raises(EnvironmentFault) as caught:
+        pretrain(experiment(content), extra_callbacks=[Full(monkeypatch, first, last)])
+    (line,) = str(caught.value).splitlines()
+    assert "No space left on device" in line and "MB are free" in line and line.endswith("the last checkpoint stays")
+    monkeypatch.undo()
+    latest = checkpoint.newest(experiment(content).run_dir(8) / "checkpoints")
+    assert latest.name == f"step-{kept:09d}.ckpt"
+    _, rest = traced(content)
+    assert sorted(rest) == list(range(kept + 1, 9))
 
 
 def test_checkpoint_of_another_method_is_refused(tmp_path, traced):

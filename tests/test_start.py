@@ -102,3 +102,35 @@ def test_a_file_that_comes_late_is_waited_for_but_not_for_ever(tmp_path, monkeyp
     monkeypatch.setattr(start, "_PATIENCE", 0.2)
     with pytest.raises(EnvironmentFault, match="rank 0 does not see .*late.ckpt"):
         start._wait_for(file, 5)
+
+
+def held_alike(rank, change, code):
+    start._code = lambda: code[rank]
+    try:
+        start.alike(experiment(values("nnclr", "runs", **change[rank])))
+    except (ConfigError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+    return "alike"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "line"),
+    [
+        ([{}, {}], "aa", None),
+        ([{"seed": 5}, {"seed": 6}], "aa", "rank 1 differs: seed=6 (rank 0: 5)"),
+        ([{}, {"extra": {"mine": 1}}], "aa", "rank 1 differs: extra.mine=1 (rank 0: None)"),
+        ([{}, {}], "ab", "rank 1 differs: solo's code=b (rank 0: a)"),
+    ],
+    ids=["alike", "seed", "key", "code"],
+)
+def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, line):
+    first, second = run_ranks(held_alike, changes, code)
+    assert (first, second) == ((f"ConfigError {line}", "SystemExit 0") if line else ("alike", "alike"))
+
+
+def test_the_code_is_the_same_to_all_and_not_to_an_edited_copy(tmp_path, monkeypatch):
+    mine = start._code()
+    (tmp_path / "solo").mkdir()
+    (tmp_path / "solo" / "start.py").write_text("edited")
+    monkeypatch.setattr(start, "__file__", str(tmp_path / "solo" / "start.py"))
+    assert start._code() != mine

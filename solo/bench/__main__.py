@@ -6,7 +6,7 @@ from importlib import import_module
 from solo.console import quiet_libraries
 from solo.errors import ConfigError, reported
 
-SUBJECTS = ("data", "loss", "kernel", "gpu")
+SUBJECTS = ("data", "step", "train", "loss", "kernel", "gpu", "chaos")
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from solo.checkpoint import write_file
+from solo.files import write_file
 
 # Least ratio to the peer ("x"), or the most of the row's unit, by the row's id and words of what it measures.
 GOALS: tuple[tuple[str, str, str, float], ...] = (
@@ -17,6 +17,25 @@ GOALS: tuple[tuple[str, str, str, float], ...] = (
     ("D5", "", "x", 3),
     ("D6", "", "ms", 50),
     ("Dx", "whole range", "%", 20),
+    ("S1", "nnclr, concat", "operations", 400),
+    ("S1", "all4one, concat", "operations", 1100),
+    ("S2", "", "waits", 0),
+    ("S3", "", "x", 5),
+    ("S5", "nnclr, float32", "x", 1),
+    ("S5", "all4one, float32", "x", 1.03),
+    ("S5", "bf16-mixed", "x", 1.6),
+    ("S5", "finite check", "% of a step", 0.5),
+    ("S6", "", "collectives", 2),
+    ("L1", "", "x", 2.3),
+    ("L1", "peak of the peer's", "%", 2),
+    ("L2", "Barlow Twins N=256 D=2048", "x", 3),
+    ("L2", "VICReg N=256 D=2048", "x", 4.5),
+    ("L2", "Barlow Twins N=256 D=8192", "x", 20),
+    ("L2", "VICReg N=256 D=8192", "x", 35),
+    ("L3", "top-1", "x", 3),
+    ("L3", "top-5", "x", 2),
+    ("L4", "", "x", 1.7),
+    ("L5", "", "x", 1.4),
 )
 _SUBJECTS = {"D": "Data engine", "S": "Step", "L": "Losses", "K": "Kernels", "E": "Training"}
 _HEAD = ("| id | what | ours | peer | ratio | goal | met |", "|---|---|---|---|---|---|---|")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from solo.bench.baselines import similarity as plain
 from solo.bench.device import SETS, Work, clocks, compare, peak, seconds
 from solo.bench.measure import RESULTS, Row, row, table, write
 from solo.errors import ConfigError, EnvironmentFault
-from solo.kernels import info_nce, neighbours, queue_attention
+from solo.kernels import neighbours
+from solo.losses import sce_loss_func, simclr_loss_func
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -86,21 +88,25 @@ def stages(device: str, scale: Scale) -> Iterator[tuple[str, Callable[[], list[R
 # --- what is measured --------------------------------------------------------------------------------------------------
 
 
-def sce(q: Tensor, k: Tensor, queue: Tensor, t: float = 0.1, tm: float = 0.07, coeff: float = 0.5) -> Tensor:
-    """`baselines.similarity.sce` by one call of the kernel for both branches."""
-    scale = torch.cat([q.new_full((len(q),), 1 / t), q.new_full((len(k),), 1 / tm)])
-    out, lse = queue_attention(torch.cat([q, k]), queue, scale)
-    lse_q, lse_k = lse.chunk(2)
-    own = (-torch.nn.functional.softplus(lse_k.detach())).exp()[:, None]            # weight of the own key, at logit 0
-    target = coeff * k + (1 - coeff) * (own * k + (1 - own) * out.chunk(2)[1])
-    return (torch.logaddexp(lse_q, (q * k).sum(1) / t) - (q * target).sum(1) / t).mean()
+def sce(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """The library's loss, as `baselines.similarity.sce` has its numbers."""
+    return sce_loss_func(q, k, queue, temperature=0.1, temperature_m=0.07, coeff=0.5)
 
 
-def nt_xent(z: Tensor, t: float = 0.2, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`baselines.similarity.nt_xent` by the kernels."""
-    own = torch.arange(len(z), device=z.device)
-    lse, match = info_nce(z.to(dtype), None, 1 / t, (own + len(z) // 2) % len(z), own)
-    return (lse - match).mean()
+def nt_xent(z: Tensor) -> Tensor:
+    """The library's loss, as `baselines.similarity.nt_xent` has its numbers."""
+    return simclr_loss_func(z, torch.arange(len(z) // 2, device=z.device).repeat(2), 0.2, positives=1)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """``torch.set_float32_matmul_precision`` for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _step(loss: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, ...]], autocast: bool) -> Work:
@@ -132,28 +138,30 @@ def _against(
 
 
 def queue_attention_rows(device: str, scale: Scale) -> list[Row]:
-    """K1: SCE over a queue, forward and backward."""
+    """K1: SCE over a queue, forward and backward, with float32 products in TF32."""
     n, d = scale.batch, scale.width
     queue = plain.unit(scale.queue, d, device=device, seed=9)
     views = [(plain.unit(n, d, device=device, seed=i).requires_grad_(), plain.unit(n, d, device=device, seed=i + SETS))
              for i in range(SETS)]
     inputs = [(q, k, queue) for q, k in views]
-    ours = _step(sce, [(q, k, queue.bfloat16()) for q, k in views], False)
+    ours = _step(sce, inputs, True)
     peers = {"official formula, autocast": _step(plain.sce, inputs, True)}
     if scale.compiles:
         peers["official formula, torch.compile"] = _step(torch.compile(plain.sce), inputs, True)
     flops = 2 * (2 * n) * scale.queue * d * 2           # scores and values of both branches
-    return _against("K1", f"SCE N={n} K={scale.queue} D={d}", ours, peers, flops, device, scale)
+    with _products("high"):
+        return _against("K1", f"SCE N={n} K={scale.queue} D={d}", ours, peers, flops, device, scale)
 
 
 def nt_xent_rows(device: str, scale: Scale) -> list[Row]:
-    """K2: NT-Xent, forward and backward."""
+    """K2: NT-Xent, forward and backward, with float32 products in TF32."""
     n, d = 2 * scale.batch, scale.width
     inputs = [(plain.unit(n, d, device=device, seed=i).requires_grad_(),) for i in range(SETS)]
     peers = {"masks over exponentials, autocast": _step(plain.nt_xent, inputs, True)}
     if scale.compiles:
         peers["masks over exponentials, torch.compile"] = _step(torch.compile(plain.nt_xent), inputs, True)
-    return _against("K2", f"NT-Xent 2N={n} D={d}", _step(nt_xent, inputs, False), peers, 3 * 2 * n * n * d, device, scale)
+    with _products("high"):
+        return _against("K2", f"NT-Xent 2N={n} D={d}", _step(nt_xent, inputs, True), peers, 3 * 2 * n * n * d, device, scale)
 
 
 def nearest_rows(id: str, device: str, scale: Scale) -> list[Row]:
@@ -205,17 +213,15 @@ def correctness(device: str, scale: Scale) -> list[Row]:
     """
     n, d, length = scale.small, scale.width, scale.queue // 8
     q, k, queue = (plain.unit(rows, d, device=device, seed=i) for i, rows in enumerate((n, n, length)))
+    cases: list[tuple[str, Loss, Loss, Tensor]] = [
+        ("SCE", partial(sce, k=k, queue=queue), partial(plain.sce, k=k.double(), queue=queue.double()), q),
+        ("NT-Xent", nt_xent, plain.nt_xent, torch.cat([q, k])),
+    ]
     found = []
-    for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float32, 1e-4)):
-        a, b, keys = (each.to(dtype) for each in (q, k, queue))
-        by_kernel, by_formula = partial(sce, k=b.float(), queue=keys), partial(plain.sce, k=b.double(), queue=keys.double())
-        cases: list[tuple[str, Loss, Loss, Tensor]] = [
-            ("SCE", by_kernel, by_formula, a),
-            ("NT-Xent", partial(nt_xent, dtype=dtype), plain.nt_xent, torch.cat([a, b])),
-        ]
+    for kind, precision, bound in (("float32", "highest", 1e-4), ("TF32", "high", 1e-2)):
         for name, ours, theirs, at in cases:
-            error = _gradient_error(ours, theirs, at)
-            kind = str(dtype).removeprefix("torch.")
+            with _products(precision):
+                error = _gradient_error(ours, theirs, at)
             assert error < bound, f"the gradient of {name} in {kind} is off by {error:.1e}"
             found.append(Row("KC", f"{name} gradient in {kind}, largest error", error, "of the largest"))
     cosines = q.double() @ queue.double().T
@@ -228,7 +234,8 @@ def correctness(device: str, scale: Scale) -> list[Row]:
 
 
 def _gradient_error(ours: Loss, theirs: Loss, at: Tensor) -> float:
-    """Of ``ours`` in float32 against ``theirs`` in float64, as a share of the largest entry."""
-    x, exact = at.float().clone().requires_grad_(), at.double().requires_grad_()
-    (given,), (wanted,) = torch.autograd.grad(ours(x), x), torch.autograd.grad(theirs(exact), exact)
+    """Of ``ours`` in float32 against ``theirs`` in float64, as a share of the largest entry; ours scales rows to length 1."""
+    x, exact = at.clone().requires_grad_(), at.double().requires_grad_()
+    wanted, = torch.autograd.grad(theirs(torch.nn.functional.normalize(exact, dim=-1)), exact)
+    given, = torch.autograd.grad(ours(x), x)
     return ((given - wanted).abs().max() / wanted.abs().max()).item()

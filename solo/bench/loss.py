@@ -17,8 +17,8 @@ from solo.bench.baselines import losses as peers
 from solo.bench.measure import Comparison, Row, alternate, rate, row, table, write
 from solo.bench.memory import peak_bytes
 from solo.errors import ConfigError, SoloError
+from solo.kernels import neighbours, wants_shadow
 from solo.losses import barlow_loss_func, sce_loss_func, simclr_loss_func, vicreg_loss_func
-from solo.neighbours import nearest
 from solo.testing import run_ranks
 
 WIDTH = 256         # of embeddings
@@ -108,9 +108,10 @@ def gram_pairs(n: int, d: int) -> list[Pair]:
 def search_pair(n: int, queue: int, k: int) -> Pair:
     """The k nearest of a queue to n rows of two views: the peers search for one view after the other."""
     z, keys = _unit(2 * n, WIDTH), _unit(queue, WIDTH)
+    shadow = keys.bfloat16() if wants_shadow(keys) else None            # as `solo.nn.Queue` keeps it
     peer = peers.nearest if k == 1 else peers.nearest_five
     what = f"NN top-{k}, 2 views, N={n} Q={queue}"
-    return Pair("L3", what, lambda: nearest(z, keys, k).squeeze(1),
+    return Pair("L3", what, lambda: neighbours(z, keys, k, shadow=shadow).squeeze(1),
                 lambda: torch.cat([peer(view, keys) for view in z.split(n)]))
 
 

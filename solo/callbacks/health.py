@@ -2,19 +2,21 @@
 
 import logging
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
+from solo.callbacks.signs import WORDS, Motion, effective_rank, feature_std, jump, of_modules
 from solo.dist import all_reduce, end_together, rank, world_size
 from solo.errors import NumericsError
+from solo.nn import Queue
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,10 @@ class HealthConfig:
     """Checks every ``every`` optimizer steps; a sign must show ``patience`` times in a row before it is told.
 
     ``min_std``: feature std relative to features spread evenly over the sphere (1). ``min_rank``: effective rank.
-    ``plateau``: relative distance of a loss from ln K that counts as chance.
+    ``plateau``: relative distance of a loss from ln K that counts as chance. ``max_distance``: of the teacher's weights from
+    the student's, relative to the student's length. ``max_own``: share of images that find themselves in a queue.
+    ``spike``: times the median of the 100 batches before, told once and at once. ``stop_on_collapse``: a sign ends the run;
+    a spike does not.
     """
 
     enabled: bool = True
@@ -33,25 +38,20 @@ class HealthConfig:
     min_std: float = 0.01
     min_rank: float = 1.5
     plateau: float = 0.01
+    max_distance: float = 1.0
+    max_own: float = 0.1
+    spike: float = 5.0
     stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         problems = [f"{name} must be at least 1, got {value}" for name, value in
                     (("every", self.every), ("patience", self.patience)) if value < 1]
         problems += [f"{name} must not be negative, got {value}" for name, value in
-                     (("min_std", self.min_std), ("min_rank", self.min_rank), ("plateau", self.plateau)) if value < 0]
+                     (("min_std", self.min_std), ("min_rank", self.min_rank), ("plateau", self.plateau),
+                      ("max_distance", self.max_distance), ("max_own", self.max_own)) if value < 0]
+        problems += [f"spike must be above 1, got {self.spike}"] * (self.spike <= 1)
         if problems:
             raise ValueError("\n".join(problems))
-
-
-_WARNINGS = {
-    "collapse": "the features of all images are nearly the same (std {value:.2g} of what evenly spread features have): the "
-                "method has collapsed. Likely causes: optimizer.lr too high, a predictor or BatchNorm left out, momentum 1",
-    "rank": "the features vary in about {value:.1f} directions only: dimensional collapse. Likely causes: optimizer.lr or "
-            "weight_decay too high, augmentations too strong, a loss term with weight 0",
-    "plateau": "{name} stays at ln {k} = {value:.2f}, which is chance: nothing is learned. Likely causes: optimizer.lr too low "
-               "or too high, a temperature too high, both views unrelated, the backbone frozen",
-}
 
 
 class FiniteGuard(Callback):
@@ -84,12 +84,15 @@ class FiniteGuard(Callback):
             ))
 
 
+_WINDOW = 100       # batches that a loss is compared with
+
+
 class Health(FiniteGuard):
-    """Measures collapse and chance, and warns once per kind in plain words; and what `FiniteGuard` does.
+    """Measures collapse, chance and what stands still, and warns once per kind in plain words; and what `FiniteGuard` does.
 
     Attributes:
         step_scalars: ``feature_std`` (1 = spread evenly over the sphere, 0 = one point) and ``effective_rank`` of the
-            last train batch, where it was measured.
+            last train batch, ``teacher_distance`` and ``own_neighbours`` (`solo.callbacks.signs`), where they were measured.
     """
 
     def __init__(self, config: HealthConfig | None = None) -> None:
@@ -98,29 +101,74 @@ class Health(FiniteGuard):
         self._signs: dict[str, int] = {}
         self._told: set[str] = set()
         self._checked = -1
+        self._motion = Motion()
+        self._losses: deque[Tensor] = deque()
+        self._fresh = 0             # losses since the last check
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._half = trainer.estimated_stepping_batches / 2
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.step_scalars = {}
+        self._losses.append(outputs["loss"].detach().float().reshape(()))
+        self._fresh += 1
         step = trainer.global_step
         if step % self.config.every or step == self._checked:
             return
         self._checked = step
         feats = outputs["feats"][: len(batch.labels)].detach().float()                              # [B, D]
-        std, directions = feature_std(feats), effective_rank(feats)
-        self.step_scalars = {"feature_std": std, "effective_rank": directions}
+        self.step_scalars = {"feature_std": feature_std(feats), "effective_rank": effective_rank(feats)}
+        self.step_scalars |= of_modules(pl_module)
         losses = {name: value.detach().float().reshape(()) for name, value in outputs.items()
                   if name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1}
         losses["loss"] = losses["loss"] * trainer.accumulate_grad_batches
-        means = (all_reduce(torch.stack([std, directions, *losses.values()])) / world_size()).tolist()
-        self._sign("collapse", means[0] < self.config.min_std, value=means[0])
-        self._sign("rank", means[1] < self.config.min_rank <= min(feats.shape), value=means[1])
-        k = len(batch.labels) * world_size()
-        chance = math.log(k) if k > 1 else math.nan
-        for name, value in zip(losses, means[2:], strict=True):
+        moved = self._motion.of(pl_module)
+        values = [*self.step_scalars.values(), *moved.values(), *losses.values(), *self._losses]
+        means = (all_reduce(torch.stack(values)) / world_size()).tolist()                           # the one host sync
+        facts = dict(zip([*self.step_scalars, *moved], means, strict=False))
+        self._judge(facts, full_rank=min(feats.shape), early=step < self._half)
+        self._judge_losses(dict(zip(losses, means[len(facts) :], strict=False)), pl_module, batch)
+        self._judge_jump(means[-len(self._losses) :], trainer)
+
+    def _judge(self, facts: dict[str, float], full_rank: int, early: bool) -> None:
+        """Signs of features and weights; at the end of a run rates and 1 - tau go to 0, and all stands still."""
+        config, std, rank = self.config, facts["feature_std"], facts["effective_rank"]
+        self._sign("collapse", std < config.min_std, value=std)
+        self._sign("rank", rank < config.min_rank <= full_rank, value=rank)
+        still = early and facts["backbone moved"] == 0
+        self._sign("still backbone", still)
+        if (own := facts.get("own_neighbours")) is not None:
+            self._sign("own", own > config.max_own, value=own)
+        if (distance := facts.get("teacher_distance")) is not None:
+            self._sign("copy", distance == 0, value=distance)
+            self._sign("far", distance > config.max_distance, value=distance)
+            self._sign("still teacher", early and not still and distance > 0 and facts["teacher moved"] == 0)
+
+    def _judge_losses(self, losses: dict[str, float], pl_module: pl.LightningModule, batch: Batch) -> None:
+        """Chance is ln K of the K rows that one is to be told from: a batch's, all other views', or a queue's."""
+        images = len(batch.labels) * world_size()
+        rows = {images, images * len(batch.views) - 1}
+        rows |= {len(queue.keys) + 1 for queue in pl_module.modules() if isinstance(queue, Queue)}
+        for name, value in losses.items():
+            k = min(rows - {0, 1} or {1}, key=lambda k: abs(value - math.log(k)))
+            chance = math.log(k)
             self._sign("plateau", abs(value - chance) < self.config.plateau * chance, name, name=name, k=k, value=chance)
+
+    def _judge_jump(self, losses: list[float], trainer: pl.Trainer) -> None:
+        window = min(_WINDOW, len(losses) - self._fresh)        # a young run knows fewer
+        place, factor, middle = jump(losses, max(window, _WINDOW // 5))
+        if factor > self.config.spike and "spike" not in self._told:
+            self._told.add("spike")
+            accumulated = trainer.accumulate_grad_batches
+            step = trainer.global_step - (len(losses) - 1 - place) // accumulated
+            value, middle = losses[place] * accumulated, middle * accumulated
+            self._tell("spike", step=step, value=value, factor=factor, middle=middle)
+        self._fresh = 0
+        while len(self._losses) > _WINDOW:
+            self._losses.popleft()
 
     def _sign(self, kind: str, shown: bool, suffix: str = "", **facts: Any) -> None:
         key = kind + suffix
@@ -128,31 +176,10 @@ class Health(FiniteGuard):
         if self._signs[key] < self.config.patience or kind in self._told:
             return
         self._told.add(kind)
-        text = _WARNINGS[kind].format(**facts)
-        if self.config.stop_on_collapse and kind != "plateau":
-            end_together(NumericsError(f"{text} (health.stop_on_collapse)"))
+        if self.config.stop_on_collapse:
+            end_together(NumericsError(f"{WORDS[kind].format(**facts)} (health.stop_on_collapse)"))
+        self._tell(kind, **facts)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
         if rank() == 0:
-            log.warning("%s", text)
-
-
-def feature_std(feats: Tensor) -> Tensor:
-    """Spread of L2-normalised rows: mean per-dimension std times sqrt(D), so 1 on the whole sphere and 0 at one point.
-
-    Args:
-        feats: [N, D].
-    """
-    return F.normalize(feats, dim=-1).std(dim=0, correction=0).mean() * math.sqrt(feats.shape[1])
-
-
-def effective_rank(feats: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of centred L2-normalised rows (Roy and Vetterli 2007).
-
-    Args:
-        feats: [N, D]; the first 1024 rows are used.
-
-    Returns:
-        Between 1 and min(N, D).
-    """
-    rows = F.normalize(feats[:1024], dim=-1)
-    values = torch.linalg.svdvals(rows - rows.mean(0))
-    return torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp()
+            log.warning("%s", WORDS[kind].format(**facts))

@@ -1,5 +1,6 @@
 """Train metrics from the device to the loggers, with one host sync per logged step."""
 
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
@@ -32,43 +33,43 @@ class MetricsLogger(Callback):
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._totals: dict[tuple[str, ...], Tensor] = {}        # by what was measured together: [2, names], sums and counts
         self._reported = -1
+        self._sources: list[StepScalars] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reported = trainer.global_step
+        self._sources = [each for each in trainer.callbacks if isinstance(each, StepScalars)]  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._add("loss", outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning divided it
-        for name, value in outputs.items():
-            if name != "loss":
-                self._add(name, value)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StepScalars):
-                for name, value in callback.step_scalars.items():
-                    self._add(name, value)
+        measured = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}       # Lightning divided it
+        for callback in self._sources:
+            measured |= callback.step_scalars
+        self._add({name: value for name, value in measured.items() if isinstance(value, Tensor) and value.numel() == 1})
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self._reported and (trainer.is_last_batch or (every and step % every == 0)):
             self._report(trainer)
 
-    def _add(self, name: str, value: Any) -> None:
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            return
-        value = value.detach().float().reshape(())
-        known = ~value.isnan()
-        self._sums[name] = self._sums.get(name, 0) + torch.where(known, value, 0)
-        self._counts[name] = self._counts.get(name, 0) + known.float()
+    @torch.no_grad()
+    def _add(self, measured: dict[str, Tensor]) -> None:
+        """All at once: a few operations, however many the metrics."""
+        values = torch.stack([value.float().reshape(()) for value in measured.values()])            # [names]
+        known = ~values.isnan()
+        new, names = torch.stack([values.where(known, 0), known]), tuple(measured)                  # [2, names]
+        self._totals[names] = self._totals[names].add_(new) if names in self._totals else new
 
     def _report(self, trainer: pl.Trainer) -> None:
-        names = sorted(self._sums)
-        totals = torch.stack([*(self._sums[name] for name in names), *(self._counts[name] for name in names)])
-        sums, counts = all_reduce(totals).view(2, -1).tolist()
-        self.last = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
+        groups = sorted(self._totals)
+        totals = all_reduce(torch.cat([self._totals[group] for group in groups], dim=1)).T.tolist()
+        found: dict[str, list[float]] = {}
+        for name, (total, count) in zip(chain(*groups), totals, strict=True):
+            before = found.get(name, (0.0, 0.0))
+            found[name] = [before[0] + total, before[1] + count]
+        self.last = {name: total / count for name, (total, count) in sorted(found.items()) if count}
         self.last["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self.last |= getattr(trainer.lightning_module, "stepped", {})
-        self._sums, self._counts, self._reported = {}, {}, trainer.global_step
+        self._totals, self._reported = {}, trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in self.last.items()}, step=trainer.global_step)

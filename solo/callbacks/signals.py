@@ -43,7 +43,7 @@ class SignalGuard(Callback):
             return
         number, due = self.agreed(trainer, self.due())
         if number or due:
-            self.save(trainer)
+            self.save(trainer, last=bool(number))
         if number:
             self.leave(trainer, number)
 
@@ -59,8 +59,8 @@ class SignalGuard(Callback):
         """Whether this rank wants to save in the middle of the epoch."""
         return False
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Save at the end of an optimizer step."""
+    def save(self, trainer: pl.Trainer, last: bool = False) -> None:
+        """Save at the end of an optimizer step; ``last``: the run ends with it."""
 
     def end_epoch(self, trainer: pl.Trainer, leaving: bool) -> None:
         """Save at the end of an epoch, if need be."""

@@ -46,6 +46,10 @@ class Draws:
         words = mix(self._key + np.array([self._drawn], dtype=np.uint64) * _GOLDEN)
         return low + (high - low) * _unit(words)
 
+    def skip(self, count: int) -> None:
+        """Leave out the next ``count`` numbers, as if they had been drawn."""
+        self._drawn += count
+
     def permutation(self, k: int) -> np.ndarray:
         """[n, k] int64, each row a uniformly random order of 0..k-1."""
         return np.argsort(np.stack([self.uniform() for _ in range(k)], axis=1), axis=1, kind="stable")

@@ -21,6 +21,7 @@ SOLARIZE_THRESHOLD = 128 / 255
 SIGMA = (0.1, 2.0)
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 CROP_TRIES = 10
+_PER_TRY = 4  # numbers drawn for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,12 @@ class Params:
         return Params(*(getattr(self, part.name)[i] for part in dataclasses.fields(self)))
 
 
+def joined(parts: Sequence[Params]) -> Params:
+    """The numbers of all images of the parts, one after the other."""
+    names = [part.name for part in dataclasses.fields(Params)]
+    return Params(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
 def sample(view: View, draws: Draws, heights: np.ndarray, widths: np.ndarray) -> Params:
     """Draw what ``view`` does to n images of the given source sizes ([n] integers, pixels)."""
     box = fixed_boxes(view.rrc, heights, widths)
@@ -164,7 +171,10 @@ def fixed_boxes(crop: Crop, heights: np.ndarray, widths: np.ndarray) -> np.ndarr
 def _draw_boxes(crop: Crop, draws: Draws, heights: np.ndarray, widths: np.ndarray, box: np.ndarray) -> None:
     """torchvision's RandomResizedCrop: the first of ten tries that fits is written to ``box`` [n, 4], else it stays."""
     open_ = np.ones(len(box), dtype=bool)
-    for _ in range(CROP_TRIES):
+    for tried in range(CROP_TRIES):
+        if not open_.any():
+            draws.skip(_PER_TRY * (CROP_TRIES - tried))
+            return
         area = heights * widths * draws.uniform(crop.crop_min_scale, crop.crop_max_scale)
         ratio = np.exp(draws.uniform(*LOG_RATIO))
         w = np.rint(np.sqrt(area * ratio)).astype(np.int64)

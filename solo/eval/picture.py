@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor
 
-from solo.checkpoint import write_file
+from solo.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from solo.checkpoint import write_file
 from solo.config import bind, plain
 from solo.console import say
 from solo.data.bad import AgreedCount
@@ -25,6 +24,7 @@ from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
 from solo.eval.results import record, run_directory, show, writable
 from solo.export import Pretrained, load
+from solo.files import write_file
 
 
 def evaluate_linear(

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from solo.checkpoint import write_file
 from solo.errors import EnvironmentFault
+from solo.files import write_file
 from solo.reading import read_json
 from solo.redaction import redacted
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from solo.checkpoint import write_file
 from solo.config import bind, plain
 from solo.console import say
 from solo.errors import DataError, EnvironmentFault
@@ -19,6 +18,7 @@ from solo.eval.picture import draw_maps
 from solo.eval.prepare import data_config, data_module
 from solo.eval.results import record, run_directory
 from solo.export import load
+from solo.files import write_file
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
-"""Fused kernels of the losses. Each function has an eager twin, which it is wherever Triton cannot run."""
+"""What the losses over many keys are made of. Each operation's module has its equations, its eager form, and the choice
+between that and its Triton form in ``triton_*``."""
 
 from solo.kernels.attention import queue_attention
-from solo.kernels.contrast import Side, Statistics, info_nce, pull, row_statistics
-from solo.kernels.nearest import neighbours
+from solo.kernels.contrast import row_logsumexp, weighted_keys
+from solo.kernels.nearest import neighbours, wants_shadow
 
-__all__ = ["Side", "Statistics", "info_nce", "neighbours", "pull", "queue_attention", "row_statistics"]
+__all__ = ["neighbours", "queue_attention", "row_logsumexp", "wants_shadow", "weighted_keys"]

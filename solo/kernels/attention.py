@@ -1,4 +1,4 @@
-"""Softmax attention over a queue whose rows are keys and values: all that SCE, ReSSL and MoCo need of it.
+"""Softmax attention over keys that are values too: all that SCE, ReSSL and MoCo need of a queue.
 
 With similarities ``s_ij = scale_i q_i . queue_j``::
 
@@ -6,6 +6,8 @@ With similarities ``s_ij = scale_i q_i . queue_j``::
 
 so the gradient of ``lse`` is known when the forward pass ends, and no row as long as the queue is ever kept. A key that is not
 in the queue (the image's own, at logit 0 in SCE's released code) joins by its logit: ``torch.logaddexp(lse, logit)``.
+
+`attend_eager` is the eager form, `solo.kernels.triton_attention` the Triton form.
 """
 
 import math
@@ -15,24 +17,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from solo.kernels.blocks import finite, parts, scaled, similarities
 from solo.kernels.dispatch import accumulator, uses_triton
 
-_BLOCK = 2048       # keys at a time
 
-
-def queue_attention(q: Tensor, queue: Tensor, scale: Tensor, own: int | None = None) -> tuple[Tensor, Tensor]:
+def queue_attention(q: Tensor, queue: Tensor, scale: Tensor | float, own: int | None = None) -> tuple[Tensor, Tensor]:
     """Attention of rows over a queue; branches of different temperature can share one call.
 
     Args:
         q: [N, D] rows, taken in the queue's dtype.
         queue: [K, D] keys and values, constants.
-        scale: [N] what each row's similarities are multiplied with, 1 / temperature; constants.
+        scale: what similarities are multiplied with, 1 / temperature; [N] one of each row, or one number.
         own: leave out, for row i, key ``own + i``.
 
     Returns:
         ``out`` [N, D], a constant, and ``lse`` [N], differentiable in ``q``; float32 (float64 for a float64 queue). A row
         without any key has 0 and -inf.
     """
+    if not isinstance(scale, Tensor):
+        scale = torch.full((len(q),), scale, dtype=accumulator(queue.dtype), device=q.device)
     out, lse = _QueueAttention.apply(q, queue, scale, own)
     return out, lse
 
@@ -63,23 +66,19 @@ def attend(q: Tensor, queue: Tensor, scale: Tensor, own: int | None = None) -> t
 
 
 def attend_eager(q: Tensor, queue: Tensor, scale: Tensor, own: int | None = None) -> tuple[Tensor, Tensor]:
-    """The twin of the kernel: blocks of the queue, one after the other."""
-    dtype = accumulator(queue.dtype)
-    rows = q.to(queue.dtype).to(dtype)                                                              # [N, D]
-    scale = scale.to(dtype)[:, None]                                                                # [N, 1]
-    number = torch.arange(len(queue), device=queue.device)                                          # [K]
-    top = rows.new_full((len(rows),), -math.inf)                                                    # [N]
-    total, mean = torch.zeros_like(top), torch.zeros_like(rows)                                     # [N], [N, D]
-    for start in range(0, len(queue), _BLOCK):
-        block = queue[start : start + _BLOCK].to(dtype)                                             # [b, D]
-        s = (rows @ block.T).mul_(scale)                                                            # [N, b]
-        if own is not None:
-            s.masked_fill_(number[start : start + _BLOCK] == number[own : own + len(rows), None], -math.inf)
-        above = torch.maximum(top, s.amax(1))
-        shift = above.masked_fill(above == -math.inf, 0)                                            # -inf - -inf is not 0
-        s = s.sub_(shift[:, None]).exp_()
-        shrink = (top - shift).exp()
-        total = total * shrink + s.sum(1)
-        mean = torch.addmm(mean * shrink[:, None], s, block)
-        top = above
-    return mean / total.masked_fill(total == 0, 1)[:, None], top + total.log()
+    """A running maximum, and sums that shrink when it grows."""
+    rows = scaled(q, queue, scale[:, None])                                                         # [N, D]
+    mean, lse = torch.empty_like(rows), rows.new_empty(len(rows))                                   # [N, D], [N]
+    for part in parts(rows):
+        top = rows.new_full((len(rows[part]),), -math.inf)                                          # [n]
+        total, sums = torch.zeros_like(top), torch.zeros_like(rows[part])                           # [n], [n, D]
+        for s, block, _ in similarities(rows, part, queue, own):
+            above = torch.maximum(top, s.amax(1))
+            shift = finite(above)
+            weights = s.sub_(shift[:, None]).exp_()                                                 # [n, b]
+            shrink = (top - shift).exp()
+            total = total * shrink + weights.sum(1)
+            sums = torch.addmm(sums * shrink[:, None], weights, block)
+            top = above
+        mean[part], lse[part] = sums / total.masked_fill(total == 0, 1)[:, None], top + total.log()
+    return mean, lse

@@ -9,6 +9,7 @@ from solo.losses.nnclr import nnclr_loss_func
 from solo.precision import full_precision
 
 Pair = tuple[Tensor, Tensor]
+_EPSILON = 1e-12    # named deviation: where nothing is wrong, as with all rows 0, the root has a finite gradient
 
 
 class All4OneTerms(NamedTuple):
@@ -63,7 +64,8 @@ def feature_loss_func(projections: Pair, targets: Pair, weight: float = 5.0) -> 
     (z1, z2), (m1, m2) = projections, targets
     on1, off1 = _identity_errors(_correlation(m1, z2))
     on2, off2 = _identity_errors(_correlation(m2, z1))
-    return weight * (((on1 + on2) / 2).sqrt() + ((off1 + off2) / 2).sqrt())
+    on, off = (on1 + on2) / 2, (off1 + off2) / 2
+    return weight * (on.clamp(min=_EPSILON).sqrt() + off.clamp(min=_EPSILON).sqrt())
 
 
 def _correlation(m: Tensor, z: Tensor) -> Tensor:

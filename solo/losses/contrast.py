@@ -3,6 +3,9 @@
 The losses are means over a rank's own rows. A rank's gradient holds what the losses of all ranks do to its rows, as if each
 had come back through the gathering: after DDP has averaged, it is the gradient of the mean of the ranks' losses. For that the
 others need no more of a rank than its rows, which they have from the forward pass, and one or two numbers per row.
+
+The losses get float32, also under mixed precision. On a GPU ``torch.set_float32_matmul_precision("high")`` has the kernels of
+`solo.kernels` multiply in TF32 on tensor cores; by default they take three such products, nearly as exact as float32.
 """
 
 import math
@@ -13,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from solo.dist import gather, rank
-from solo.losses.attention import attend, row_logsumexp, weighted_keys
+from solo.kernels import queue_attention, row_logsumexp, weighted_keys
+from solo.precision import full_precision
 
 
 class InfoNCE(torch.autograd.Function):
@@ -28,15 +32,16 @@ class InfoNCE(torch.autograd.Function):
         rows, keys = gather(torch.cat([a, b], dim=1)).split(a.shape[1], dim=1)                      # [M, D] each
         mean = None
         if ctx.needs_input_grad[0]:
-            lse, mean = attend(a, keys, temperature)                                                # [n], [n, D]
+            mean, lse = queue_attention(a, keys, 1 / temperature)                                   # [n, D], [n]
         else:
-            lse = row_logsumexp(a, keys, temperature)
+            lse = row_logsumexp(a, keys, 1 / temperature)
         ctx.save_for_backward(a, b, rows, lse, mean)
         ctx.temperature = temperature
         return (lse - (a * b).sum(1) / temperature).mean()
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b, rows, lse, mean = ctx.saved_tensors
         scale = grad / (len(a) * ctx.temperature)
@@ -44,7 +49,7 @@ class InfoNCE(torch.autograd.Function):
         if mean is not None:
             for_a = scale * (mean - b)
         if ctx.needs_input_grad[1]:
-            for_b = scale * (weighted_keys(b, rows, ctx.temperature, key_lse=gather(lse)) - a)
+            for_b = scale * (weighted_keys(b, rows, 1 / ctx.temperature, None, gather(lse)) - a)
         return for_a, for_b, None
 
 
@@ -58,7 +63,7 @@ class NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, bank: Tensor, positives: Tensor, temperature: float) -> Tensor:
         own = rank() * len(z)
-        lse = row_logsumexp(z, bank, temperature, own)                                              # [n]
+        lse = row_logsumexp(z, bank, 1 / temperature, own)                                          # [n]
         s = torch.stack([(z * _rows(bank, index)).sum(1) for index in positives.T], 1) / temperature  # [n, P]
         positive_lse = s.masked_fill(positives < 0, -math.inf).logsumexp(1)                         # [n]
         ctx.save_for_backward(z, bank, positives, torch.stack([lse, positive_lse], 1))
@@ -67,11 +72,12 @@ class NTXent(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         z, bank, positives, local = ctx.saved_tensors
         t = ctx.temperature
         lse, positive_lse = gather(local).unbind(1)                                                 # [M] each
-        out = weighted_keys(z, bank, t, local[:, 0], lse.contiguous(), ctx.own)                     # [n, D]
+        out = weighted_keys(z, bank, 1 / t, local[:, 0], lse, ctx.own)                              # [n, D]
         for index in positives.T:
             others = _rows(bank, index)                                                             # [n, D]
             s = (z * others).sum(1) / t                                                             # [n]

@@ -7,13 +7,14 @@ are softmax attention over the keys: taken block by block, they leave nothing as
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from solo.dist import gather, rank
-from solo.losses.attention import LogSumExp, attend
+from solo.kernels import queue_attention
 from solo.precision import full_precision
 
 
@@ -84,31 +85,55 @@ def sce_multicrop_loss_func(
     with torch.no_grad():
         own = F.normalize(torch.stack(list(k)), dim=-1)                                             # [G, N, D]
         batch = gather(own.transpose(0, 1)).unbind(1) if in_batch else None                         # G x [world * N, D]
-        targets = _targets(own, queue, batch, temperature_m, coeff, mask_self)                      # [G, N, D]
-    past = None if queue is None else LogSumExp.apply(online, queue, temperature, None)            # [V, N]
+    past = None if queue is None else _over_queue(online, own, queue, temperature, temperature_m)
+    targets = _targets(own, past and past.targets, batch, temperature_m, coeff, mask_self)          # [G, N, D]
     losses = []
     for g, v in pairs:
         parts = [(online[v] * own[g]).sum(-1) / temperature]                                        # each [N]
         if past is not None:
-            parts.append(past[v])
+            parts.append(past.online[v])
         if batch is not None:
-            parts.append(LogSumExp.apply(online[v], batch[g], temperature, rank() * own.shape[1]))
+            parts.append(_over_batch(online[v], batch[g], temperature)[1])
         positive = (online[v] * targets[g]).sum(-1) / temperature                                   # [N]
         losses.append((torch.stack(parts).logsumexp(0) - positive).mean())
     return torch.stack(losses).mean()
 
 
+class _Past(NamedTuple):
+    """What the views see of the queue: logsumexps [V, N] of the online ones, mean keys and logsumexps of the targets."""
+
+    online: Tensor
+    targets: tuple[Tensor, Tensor]
+
+
+def _over_queue(online: Tensor, own: Tensor, queue: Tensor, temperature: float, temperature_m: float) -> _Past:
+    """All views over the queue in one call: online [V, N, D], own [G, N, D]."""
+    rows = torch.cat([online, own]).flatten(0, 1)                                                   # [(V + G) N, D]
+    views, n, d = len(online), *own.shape[1:]
+    scale = torch.cat([own.new_full((len(view), n), 1 / t) for view, t in ((online, temperature), (own, temperature_m))])
+    mean, lse = queue_attention(rows, queue, scale.flatten())
+    mean, lse = mean.view(-1, n, d), lse.view(-1, n)
+    return _Past(lse[:views], (mean[views:], lse[views:].detach()))
+
+
+def _over_batch(rows: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One view [N, D] over the other images of the global batch [world * N, D]."""
+    return queue_attention(rows, keys, 1 / temperature, rank() * len(rows))
+
+
+@torch.no_grad()
 def _targets(
-    own: Tensor, queue: Tensor | None, batch: Sequence[Tensor] | None, temperature: float, coeff: float, mask_self: bool
+    own: Tensor, past: tuple[Tensor, Tensor] | None, batch: Sequence[Tensor] | None, temperature: float, coeff: float,
+    mask_self: bool,
 ) -> Tensor:
     """The mean of each row's keys under its target distribution, [G, N, D]."""
-    parts = [] if mask_self else [(own.new_zeros(own.shape[:-1]), own)]     # itself, at similarity 0
-    if queue is not None:
-        parts.append(attend(own, queue, temperature))
+    parts = [] if mask_self else [(own, own.new_zeros(own.shape[:-1]))]     # itself, at similarity 0
+    if past is not None:
+        parts.append(past)
     if batch is not None:
-        views = [attend(rows, keys, temperature, rank() * len(rows)) for rows, keys in zip(own, batch, strict=True)]
-        sums, means = zip(*views, strict=True)
-        parts.append((torch.stack(sums), torch.stack(means)))
-    lse, mean = (torch.stack(part) for part in zip(*parts, strict=True))                            # [P, G, N], [P, G, N, D]
+        views = [_over_batch(rows, keys, temperature) for rows, keys in zip(own, batch, strict=True)]
+        means, sums = zip(*views, strict=True)
+        parts.append((torch.stack(means), torch.stack(sums)))
+    mean, lse = (torch.stack(part) for part in zip(*parts, strict=True))                            # [P, G, N, D], [P, G, N]
     similar = (lse.softmax(0)[..., None] * mean).sum(0)                                             # [G, N, D]
     return coeff * own + (1 - coeff) * similar

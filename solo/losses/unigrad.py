@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, relu
 
 from solo.dist import all_reduce, gather, world_size
-from solo.losses.attention import attend
+from solo.kernels import queue_attention
 from solo.precision import full_precision
 
 Pair = tuple[Tensor, Tensor]
@@ -89,7 +89,7 @@ def simclr_gradients(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, *, temperat
     bank = gather(torch.cat(targets))                                           # [world * 2 B, D]
 
     def view(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        lse, mean = attend(z, bank, temperature)                                # [B], [B, D]
+        mean, lse = queue_attention(z, bank, 1 / temperature)                   # [B, D], [B]
         positive, negative = -m / temperature, mean / temperature
         return positive, negative, _dot(z, positive) + lse.mean()
 
@@ -101,7 +101,7 @@ def moco_gradients(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, queue: Tensor
     """MoCo: SimCLR's with v over the row's own target and a queue [K, D] of past ones, normalised rows."""
 
     def view(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        past, mean = attend(z, queue, temperature)                              # [B], [B, D]
+        mean, past = queue_attention(z, queue, 1 / temperature)                 # [B, D], [B]
         logits = torch.stack([(z * m).sum(1) / temperature, past], dim=1)       # [B, 2], the own target and the queue
         own, others = logits.softmax(1).split(1, dim=1)                         # [B, 1] each
         positive, negative = -m / temperature, (own * m + others * mean) / temperature

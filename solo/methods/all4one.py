@@ -74,13 +74,14 @@ class All4One(Method):
         return {"transformer": {"lr": self.config.transformer_lr}}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
-        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, D]
-        m1, m2 = (unit(self.teacher(x)) for x in batch.views)                   # [B, D], constants
+        f1, f2 = self.each(self.backbone, batch.views)                          # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, D]
+        p1, p2 = self.each(self.predictor, (z1, z2))                            # [B, D]
+        m1, m2 = map(unit, self.each(self.teacher, batch.views))                # [B, D], constants
 
         k = self.config.neighbours
-        (n1, y1), (n2, _) = self.queue.nearest(m1, k), self.queue.nearest(m2, k)  # [B, k, D], [B, k]
+        n, y = self.queue.nearest(torch.cat([m1, m2]), k)                       # [2 B, k, D], [2 B, k]
+        n1, n2 = n.chunk(2)                                                     # [B, k, D]
         self.queue.push(m1, batch.labels)
         a1, a2 = n1, n2                                                         # [B, k, D]
         b1, b2 = self._shifted(z1, n1), self._shifted(z2, n2)                   # [B, k, D]
@@ -91,7 +92,7 @@ class All4One(Method):
             (a1, a2), (b1, b2), (n1[:, 0], n2[:, 0]), (p1, p2), (z1, z2), (m1, m2),
             temperature=self.config.temperature, centroid_temperature=self.config.centroid_temperature,
         )
-        return {"feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y1[:, 0], batch.labels), **terms._asdict()}
+        return {"feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[: len(m1), 0], batch.labels), **terms._asdict()}
 
     def _shifted(self, z: Tensor, neighbours: Tensor) -> Tensor:
         """The second prediction in front of all neighbours but the last."""

@@ -39,7 +39,7 @@ class BarlowTwins(Method):
         self.projector = mlp(self.dim, hidden, hidden, config.proj_output_dim, last_bias=False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, out]
+        f1, f2 = self.each(self.backbone, batch.views)                          # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, out]
         loss = barlow_loss_func(z1, z2, self.config.lamb, self.config.scale_loss)
         return {"loss": loss, "feats": torch.cat([f1, f2])}

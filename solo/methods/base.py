@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from solo import optim
 from solo.batch import Batch
+from solo.batching import ViewBatching
 from solo.console import say
 from solo.dist import rank
 from solo.errors import ConfigError
@@ -37,6 +38,7 @@ class Method(pl.LightningModule):
         originals: how many of them, from the first on, must be the image as it is, not augmented.
         multicrop: whether smaller crops may follow them.
         mean, std: what the images are normalised with, per channel; set them, or None where no method asks.
+        each: ``self.each(network, views)`` is ``[network(view) for view in views]``, the way ``view_batching`` says.
         seed: with rank, epoch and batch it decides every random number of a step.
         local_terms: outputs that each process computes from its own images alone, and their weights in the loss;
             without them the loss does not notice how many processes there are.
@@ -64,6 +66,7 @@ class Method(pl.LightningModule):
         self.mean: Sequence[float] | None = None
         self.std: Sequence[float] | None = None
         self.seed = 5
+        self.each = ViewBatching()
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
         self._checked = False
@@ -150,6 +153,9 @@ class Method(pl.LightningModule):
         self._group_options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return optim.build(config, groups)
 
+    def on_fit_start(self) -> None:
+        self.each.renew()
+
     def on_train_start(self) -> None:
         self._total_steps = int(self.trainer.estimated_stepping_batches)
         for group, options in zip(self._groups(), self._group_options, strict=True):
@@ -177,6 +183,8 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
+        if self.each.mode == "concat" and not self.each.used:
+            raise ConfigError(f"view_batching=concat: {type(self).__name__} runs its networks without self.each: use separate")
         outputs["feats"] = outputs["feats"].detach()
         return outputs
 

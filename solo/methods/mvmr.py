@@ -76,9 +76,9 @@ class MVMR(Method):
         self.teacher = Tower(config.teacher) if config.teacher else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        config, (original, augmented) = self.config, batch.views
-        f_original, f = self.backbone(original), self.backbone(augmented)               # [B, dim]
-        z_original, z = self.projector(f_original), self.projector(f)                   # [B, D]
+        config, original = self.config, batch.views[0]
+        f_original, f = self.each(self.backbone, batch.views)                           # [B, dim]
+        z_original, z = self.each(self.projector, (f_original, f))                      # [B, D]
         if config.normalize_z:
             z_original, z = F.normalize(z_original, dim=-1), F.normalize(z, dim=-1)
         weights = {name: weight for name, weight in config.representations.items() if weight}

@@ -39,11 +39,12 @@ class NNCLR(Method):
         self.queue = Queue(config.queue_size, out)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        f1, f2 = (self.backbone(x) for x in batch.views)                        # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, out]
-        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, out]
-        (n1, y1), (n2, _) = self.queue.nearest(z1), self.queue.nearest(z2)      # [B, 1, out], [B, 1]
+        f1, f2 = self.each(self.backbone, batch.views)                          # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, out]
+        p1, p2 = self.each(self.predictor, (z1, z2))                            # [B, out]
+        n, y = self.queue.nearest(torch.cat([z1, z2]))                          # [2 B, 1, out], [2 B, 1]
+        n1, n2 = n[:, 0].chunk(2)                                               # [B, out]
         self.queue.push(z1, batch.labels)
         t = self.config.temperature
-        loss = (nnclr_loss_func(n1[:, 0], p2, t) + nnclr_loss_func(n2[:, 0], p1, t)) / 2
-        return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y1[:, 0], batch.labels)}
+        loss = (nnclr_loss_func(n1, p2, t) + nnclr_loss_func(n2, p1, t)) / 2
+        return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[: len(z1), 0], batch.labels)}

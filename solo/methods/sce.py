@@ -78,9 +78,9 @@ class SCE(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
         first, targets = (0, batch.views[:2]) if c.symmetric else (1, batch.views[:1])
-        feats = [self.backbone(x) for x in batch.views[first:]]                             # V x [B, dim]
-        q = [self.predictor(self.projector(f)) for f in feats]                              # V x [B, D]
-        k = [self.teacher(x) for x in targets]                                              # G x [B, D], constants
+        feats = self.each(self.backbone, batch.views[first:])                               # V x [B, dim]
+        q = self.each(self.predictor, self.each(self.projector, feats))                     # V x [B, D]
+        k = self.each(self.teacher, targets)                                                # G x [B, D], constants
         pairs = [(g, v) for g in range(len(k)) for v in range(len(q)) if g != v + first]    # of two views of an image
         loss = sce_multicrop_loss_func(
             q, k, None if self.queue is None else self.queue.keys, pairs,

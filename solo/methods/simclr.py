@@ -35,8 +35,8 @@ class SimCLR(Method):
         self.projector = nn.Sequential(nn.Linear(self.dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        feats = [self.backbone(x) for x in batch.views]                         # V x [B, dim]
-        z = torch.cat([self.projector(f) for f in feats])                       # [V * B, out]
+        feats = self.each(self.backbone, batch.views)                           # V x [B, dim]
+        z = torch.cat(self.each(self.projector, feats))                         # [V * B, out]
         views = len(feats)
         loss = simclr_loss_func(z, batch.index.repeat(views), self.config.temperature, positives=views - 1)
         return {"loss": loss, "feats": torch.cat(feats[: self.views])}

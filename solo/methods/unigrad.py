@@ -112,12 +112,12 @@ class UniGrad(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         views, other, share = cutmix(batch.views, self.config.cutmix)
-        f1, f2 = (self.backbone(x) for x in views)                              # [B, dim]
-        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
+        f1, f2 = self.each(self.backbone, views)                                # [B, dim]
+        z1, z2 = self.each(self.projector, (f1, f2))                            # [B, D]
         if self.teacher is None:
             m1, m2 = z1.detach(), z2.detach()
         else:
-            m1, m2 = (self.teacher(x) for x in batch.views)                     # [B, D], constants
+            m1, m2 = self.each(self.teacher, batch.views)                       # [B, D], constants
         form = self._form(m1, m2, batch.labels)
         gradients = form(z1, z2, m1, m2)
         if self.config.cutmix:              # whatever the box: every rank gathers as often

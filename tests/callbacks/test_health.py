@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from solo.callbacks.health import Health, HealthConfig, effective_rank, feature_std
+from solo.callbacks.health import Health, HealthConfig
+from solo.callbacks.signs import effective_rank, feature_std
 from solo.errors import NumericsError
 from tests.callbacks.toy import Toy, fit
 
@@ -60,11 +61,6 @@ def test_collapse_is_told_once(caplog):
     fit([Health(HealthConfig(every=1, patience=3))], Collapsed())
     assert len(told(caplog)) == 2
     assert "has collapsed" in caplog.text and "directions only" in caplog.text
-
-
-def test_stop_on_collapse():
-    with pytest.raises(NumericsError, match="collapsed"):
-        fit([Health(HealthConfig(every=1, patience=2, stop_on_collapse=True))], Collapsed())
 
 
 def test_loss_at_chance_is_told(caplog):

@@ -39,19 +39,17 @@ def variants(kind, shape, dtype, width, precision):
     from solo.kernels import triton_attention, triton_contrast, triton_nearest
 
     common = {"D": width, "BM": shape.rows, "BN": shape.columns, "BD": padded(width), "PRECISION": precision, "UPCAST": False}
-    fp32, i64, rows = "*fp32", "*i64", KINDS[dtype]
+    fp32, rows = "*fp32", KINDS[dtype]
     if kind == "attention":
         types = {"q": rows, "keys": rows, "scale": fp32, "lse": fp32, "mean": fp32}
         yield triton_attention._attend, {**common, "OWN": True}, types
     elif kind == "backward":
-        numbers = {f"{name}_{side}": fp32 for name in ("top", "share", "match") for side in "ab"}
-        indices = {f"{name}_{side}": i64 for name in ("pos", "own") for side in "ab"}
-        types = {"a": rows, "b": rows, "out": fp32, "factor": "fp32", **numbers, **indices}
+        types = {"a": rows, "b": rows, "out": fp32, "factor": "fp32", "lse_a": fp32, "lse_b": fp32}
         for of_a, of_b in ((True, False), (False, True), (True, True)):
-            yield triton_contrast._backward, {**common, "OF_A": of_a, "OF_B": of_b}, types
+            yield triton_contrast._backward, {**common, "OF_A": of_a, "OF_B": of_b, "OWN": True}, types
     elif kind == "forward":
-        types = {"rows": rows, "columns": rows, "positive": i64, "own": i64, "factor": "fp32"}
-        yield triton_contrast._forward, common, {**types, "tops": fp32, "totals": fp32, "matches": fp32}
+        types = {"rows": rows, "keys": rows, "factor": "fp32", "lse": fp32}
+        yield triton_contrast._forward, {**common, "OWN": True}, types
     else:
         exact = kind == "exact scan"
         types = {"x": fp32 if exact else "*bf16", "queue": rows, "best": fp32}

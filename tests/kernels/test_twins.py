@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from solo.errors import ConfigError
-from solo.kernels import dispatch, info_nce, neighbours, queue_attention
+from solo.kernels import blocks, dispatch, neighbours, queue_attention, row_logsumexp, weighted_keys
 from solo.kernels.attention import attend_eager
-from solo.kernels.contrast import pull_eager, row_statistics_eager
+from solo.kernels.contrast import row_logsumexp_eager, weighted_keys_eager
 from tests.conftest import ROOT
 
 
@@ -20,7 +20,7 @@ def rows(n, d=6, seed=0):
 
 
 def test_queue_attention_is_the_equation(monkeypatch):
-    monkeypatch.setattr("solo.kernels.attention._BLOCK", 4)
+    monkeypatch.setattr(blocks, "CPU", (2, 4))
     q, queue, scale = rows(3), rows(10, seed=1), torch.tensor([5.0, 10.0, 14.0], dtype=torch.float64)
     out, lse = queue_attention(q, queue, scale)
     for i in range(3):
@@ -37,24 +37,32 @@ def test_queue_attention_has_the_gradient_of_its_lse_alone():
     assert torch.autograd.gradcheck(lambda x: queue_attention(x, queue, scale, 3)[1], q)
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["rows and columns", "rows alone"])
-def test_info_nce_has_its_gradient(symmetric, monkeypatch):
-    monkeypatch.setattr("solo.kernels.contrast._BLOCK", 2)
-    x, y = rows(5).requires_grad_(), rows(7, seed=1).requires_grad_()
-    positive, own = torch.tensor([3, 0, 4, 1, 1]), torch.tensor([0, 1, -1, 3, 4])
-    inputs = (x,) if symmetric else (x, y)
+def test_one_scale_is_that_of_every_row():
+    q, queue = rows(3), rows(10, seed=1)
+    for one, each in zip(queue_attention(q, queue, 5.0), queue_attention(q, queue, 5.0 + 0 * q[:, 0]), strict=True):
+        assert torch.equal(one, each)
 
-    def loss(x, y=None):
-        lse, match = info_nce(x, y, 4.0, positive, own)
-        return lse, match
 
-    lse, match = loss(*inputs)
-    s = 4 * x @ (x if symmetric else y).T
+@pytest.mark.parametrize("own", [None, 2, -3])
+def test_sums_over_keys_are_the_equation(own, monkeypatch):
+    monkeypatch.setattr(blocks, "CPU", (2, 3))
+    x, y, key_lse = rows(5), rows(7, seed=1), torch.linspace(1, 4, 7, dtype=torch.float64)
+    lse = row_logsumexp(x, y, 4.0, own)
+    both, of_rows, of_keys = (weighted_keys(x, y, 4.0, *chosen, own) for chosen in
+                              ((lse, key_lse), (lse, None), (None, key_lse)))
     for i in range(5):
-        kept = [math.exp(s[i, j].item()) for j in range(s.shape[1]) if j != own[i]]
-        assert lse[i].item() == pytest.approx(math.log(sum(kept)), rel=1e-12)
-        assert match[i].item() == pytest.approx(s[i, positive[i]].item(), rel=1e-12)
-    assert torch.autograd.gradcheck(loss, inputs)
+        s = {j: 4 * torch.dot(x[i], y[j]).item() for j in range(7) if own is None or j != own + i}
+        assert lse[i].item() == pytest.approx(math.log(sum(map(math.exp, s.values()))), rel=1e-12)
+        by_row, by_key = (sum(math.exp(s[j] - shift(j)) * y[j] for j in s) for shift in
+                          (lambda j: lse[i].item(), lambda j: key_lse[j].item()))  # noqa: B023
+        torch.testing.assert_close(of_rows[i], by_row, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(of_keys[i], by_key, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both, of_rows + of_keys, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_need_a_softmax():
+    with pytest.raises(ValueError, match="give row_lse, key_lse or both"):
+        weighted_keys(rows(2), rows(3), 1.0, None, None)
 
 
 def test_neighbours_come_in_order_and_a_wrong_k_is_told():
@@ -87,8 +95,8 @@ def test_twins_keep_nothing_as_long_as_both_sides():
         attend_eager(z, z, torch.ones(len(z)))
 
     def contrast(z):
-        index = torch.arange(len(z))
-        row_statistics_eager(z, z, 1.0, index, index)
+        lse = row_logsumexp_eager(z, z, 1.0, 0)
+        weighted_keys_eager(z, z, 1.0, lse, lse, 0)
 
     for work in (attention, contrast):
         assert largest(work, 8192) <= 2 * largest(work, 4096)
@@ -117,10 +125,11 @@ def test_absent_triton_means_the_twin(monkeypatch):
 def test_a_cpu_run_never_imports_triton():
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"
-        "from solo.kernels import info_nce, neighbours, queue_attention\n"
-        "x = torch.randn(4, 8, requires_grad=True)\n"
-        "neighbours(x, x, 1), queue_attention(x, x.detach(), torch.ones(4))\n"
-        "sum(info_nce(x, x, 1.0, torch.arange(4))).sum().backward()"
+        "from solo.losses import nnclr_loss_func, sce_loss_func, simclr_loss_func\n"
+        "from solo.nn import Queue\n"
+        "x, queue = torch.randn(4, 8, requires_grad=True), Queue(16, 8)\n"
+        "queue.nearest(x), sce_loss_func(x, x.detach(), queue.keys).backward(), nnclr_loss_func(x, x).backward()\n"
+        "simclr_loss_func(x, torch.tensor([0, 1, 0, 1])).backward()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -147,9 +156,8 @@ def test_parts_cover_the_columns(monkeypatch):
 
 def test_the_twins_of_16_bit_rows_keep_float32():
     x, queue = rows(3).bfloat16(), rows(5, seed=1).bfloat16()
-    index = torch.zeros(3, dtype=torch.long)
-    found = row_statistics_eager(x, queue, 1.0, index, index - 1)
-    assert {each.dtype for each in (*attend_eager(x, queue, torch.ones(3)), *found)} == {torch.float32}
-    exact = row_statistics_eager(x.double(), queue.double(), 1.0, index, index - 1)
-    torch.testing.assert_close(found.lse.double(), exact.lse, rtol=1e-6, atol=1e-6)
-    assert pull_eager(x, queue, 1.0, None, None).dtype == torch.float32
+    lse = row_logsumexp_eager(x, queue, 1.0)
+    pulled = weighted_keys_eager(x, queue, 1.0, lse, None)
+    assert {each.dtype for each in (*attend_eager(x, queue, torch.ones(3)), lse, pulled)} == {torch.float32}
+    exact = row_logsumexp_eager(x.double(), queue.double(), 1.0)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)

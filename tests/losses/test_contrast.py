@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from solo import dist
-from solo.losses import attention, nnclr_loss_func, simclr_loss_func
+from solo.kernels import blocks
+from solo.losses import nnclr_loss_func, simclr_loss_func
 from solo.testing import run_ranks
 from tests.losses.test_losses import TOLERANCE, assert_gradient
 
@@ -66,7 +67,7 @@ IDS = {
 @pytest.mark.parametrize("block", [(1, 1), (2, 3), (4, 2), (64, 64)])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 def test_simclr_is_the_equation_in_blocks_of_any_size(monkeypatch, ids, block):
-    monkeypatch.setattr(attention, "CPU_BLOCK", block)
+    monkeypatch.setattr(blocks, "CPU", block)
     z = rows(len(ids), 5)
     loss, (grad,) = value_and_gradients(simclr_loss_func(z, torch.tensor(ids), 0.3), z)
     expected, (expected_grad,) = value_and_gradients(looped_simclr(z, ids, 0.3), z)
@@ -77,7 +78,7 @@ def test_simclr_is_the_equation_in_blocks_of_any_size(monkeypatch, ids, block):
 @pytest.mark.parametrize("block", [(1, 1), (3, 2), (64, 64)])
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_infonce_is_cross_entropy_in_blocks_of_any_size(monkeypatch, n, block):
-    monkeypatch.setattr(attention, "CPU_BLOCK", block)
+    monkeypatch.setattr(blocks, "CPU", block)
     a, b = rows(n, 5), rows(n, 5, seed=1)
     found, grads = value_and_gradients(nnclr_loss_func(a, b, 0.3), a, b)
     logits = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.3

@@ -24,6 +24,9 @@ LOSSES = {
     "byol": lambda a, b, c, d: losses.unigrad_byol_directpred_loss_func(a, b, c, d, None, rho=0.99, eps=0.3)[0],
     "barlow": lambda a, b, c, d: losses.unigrad_barlow_loss_func(a, b, c, d, lambda_=50.0)[0],
     "vicreg": lambda a, b, c, d: losses.unigrad_vicreg_loss_func(a, b, c, d, **VICREG)[0],
+    "own_simclr": lambda a, b, c, d: losses.simclr_loss_func(torch.cat([a, b]), torch.arange(len(a)).repeat(2), 0.2),
+    "own_barlow": lambda a, b, c, d: losses.barlow_loss_func(a, b),
+    "own_vicreg": lambda a, b, c, d: losses.vicreg_loss_func(a, b),
     "mvmr": lambda a, b, c, d: losses.mvmr_loss_func(a, b, {"some": c}, d).loss,
 }
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from solo.bench.memory import peak_bytes
-from solo.losses import attention, nnclr_loss_func, sce_loss_func, simclr_loss_func
-from solo.neighbours import nearest
+from solo.kernels import blocks, neighbours
+from solo.losses import nnclr_loss_func, sce_loss_func, simclr_loss_func
 from solo.testing import run_ranks
 from tests.losses.test_contrast import infonce_part, rows, simclr_part
 
@@ -33,7 +33,7 @@ def nnclr(n, _):
 def search(k):
     def work(n, size):
         z, keys = units(n, 16), units(size, 16)
-        return lambda: nearest(z, keys, k)
+        return lambda: neighbours(z, keys, k)
 
     return work
 
@@ -44,7 +44,7 @@ OVER_A_QUEUE = ("sce", "top-1", "top-5")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "CPU_BLOCK", (64, 1024))
+    monkeypatch.setattr(blocks, "CPU", (64, 1024))
 
 
 @pytest.mark.parametrize("name", WORK)

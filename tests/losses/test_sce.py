@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solo.losses import attention, sce, sce_loss_func, sce_multicrop_loss_func
+from solo.kernels import attention, blocks, queue_attention
+from solo.losses import sce, sce_loss_func, sce_multicrop_loss_func
 from solo.testing import run_ranks
 from tests.losses.test_losses import assert_gradient
 
@@ -58,6 +59,12 @@ def value_and_gradient(loss, q):
     return loss.item(), torch.autograd.grad(loss, q)[0]
 
 
+def along_the_sphere(gradient, unit):
+    """An official gradient at the unit rows, which lacks the Jacobian of their normalisation, with it."""
+    row, gradient = unit.detach().double(), gradient.double()
+    return gradient - (gradient * row).sum(1, keepdim=True) * row
+
+
 # --- golden -----------------------------------------------------------------------------------------------------------
 
 
@@ -72,8 +79,7 @@ def test_single_equals_official(golden, size, dtype):
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
     unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
     _, gradient = value_and_gradient(sce_loss_func(unit, x["k_raw"], x["queue"], **options(z.params)), unit)
-    row, official = unit.detach().double(), z["grad_q"].double()                # at the unit row, before its Jacobian
-    assert_gradient(gradient, official - (official * row).sum(1, keepdim=True) * row, TOLERANCE[dtype][1])
+    assert_gradient(gradient, along_the_sphere(z["grad_q"], unit), TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -87,6 +93,9 @@ def test_in_batch_equals_official(golden, size, dtype):
     loss, gradient = value_and_gradient(loss, q)
     assert loss == pytest.approx(z["loss"].item(), rel=TOLERANCE[dtype][0])
     assert_gradient(gradient, z["grad_q_raw"], TOLERANCE[dtype][1])
+    unit = F.normalize(x["q_raw"].detach(), dim=-1).requires_grad_()
+    loss = sce_loss_func(unit, x["k_raw_all"], x.get("queue"), **options(z.params), in_batch=True, mask_self=True)
+    assert_gradient(torch.autograd.grad(loss, unit)[0], along_the_sphere(z["grad_q"], unit), TOLERANCE[dtype][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -114,9 +123,26 @@ def test_target_equals_official(golden, size, dtype):
     for (temperature_m, coeff), official in zip(z["grid"].tolist(), z["target"], strict=True):
         for row, expected in zip(k[:8], official, strict=False):
             assert soft_target(row, queue, None, temperature_m, coeff, False) == pytest.approx(expected.tolist(), rel=rel)
-        ours = sce._targets(k[None], queue, None, temperature_m, coeff, False)[0].double()          # [N, D]
+        mean, lse = queue_attention(k, queue, 1 / temperature_m)
+        ours = sce._targets(k[None], (mean[None], lse[None]), None, temperature_m, coeff, False)[0].double()    # [N, D]
         expected = official[:, :1] * k.double() + official[:, 1:] @ queue.double()
         torch.testing.assert_close(ours, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize("kind", ["single", "keys"])
+def test_target_of_a_batch_equals_official(golden, kind, size, dtype):
+    z = golden(f"sce_{kind}_{size}")
+    x = cast(z, dtype)
+    k, queue = F.normalize(x["k_raw" if kind == "single" else "k_raw_all"], dim=-1), x.get("queue")
+    batch = [k] if kind == "keys" else None
+    past = None if queue is None else sce._over_queue(k[None], k[None], queue, 1.0, z.params["temp_m"]).targets
+    ours = sce._targets(k[None], past, batch, z.params["temp_m"], z.params["coeff"], mask_self=kind == "keys")[0].double()
+    own = z["target"][:, :1] * k.double() if kind == "single" else 0            # its keys: the own one, those of the batch
+    past = torch.cat([*(batch or []), *([] if queue is None else [queue])]).double()
+    expected = own + z["target"][:, kind == "single" :] @ past                  # [N, D]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype][0] * expected.abs().max().item())
 
 
 # --- the equation -----------------------------------------------------------------------------------------------------
@@ -126,7 +152,7 @@ def test_target_equals_official(golden, size, dtype):
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("n, d, size, block", [(1, 5, 7, 3), (3, 2, 4, 4), (5, 7, 11, 4), (6, 4, 9, 1), (4, 3, 2, 64)])
 def test_blocks_equal_the_equation(monkeypatch, n, d, size, block, in_batch, mask_self):
-    monkeypatch.setattr(attention, "CPU_BLOCK", (2, block))
+    monkeypatch.setattr(blocks, "CPU", (2, block))
     q, k, queue = inputs(n, d, size)
     chosen = {"temperature": 0.2, "temperature_m": 0.11, "coeff": 0.3, "mask_self": mask_self}
     batch = F.normalize(k, dim=-1)
@@ -260,7 +286,7 @@ def test_no_matrix_is_kept_for_the_backward_pass():
 
 
 def test_no_matrix_is_ever_made(monkeypatch):
-    monkeypatch.setattr(attention, "CPU_BLOCK", (16, 16))
+    monkeypatch.setattr(blocks, "CPU", (16, 16))
     q, k, queue = inputs(10, 8, 200)
     for in_batch in (False, True):
         with Largest() as largest:
@@ -271,12 +297,11 @@ def test_no_matrix_is_ever_made(monkeypatch):
 def test_a_view_meets_the_queue_once(monkeypatch):
     rows = []
     attend = attention.attend
-    for module in (attention, sce):
-        monkeypatch.setattr(module, "attend", lambda x, *rest: rows.append(x[..., 0].numel()) or attend(x, *rest))
+    monkeypatch.setattr(attention, "attend", lambda x, *rest: rows.append(len(x)) or attend(x, *rest))
     q, k = list(torch.randn(6, 4, 8)), list(torch.randn(2, 4, 8))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
     sce_multicrop_loss_func(q, k, F.normalize(torch.randn(32, 8), dim=-1), pairs)
-    assert rows == [2 * 4, 6 * 4]
+    assert rows == [(2 + 6) * 4]
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------

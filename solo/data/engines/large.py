@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from solo.batch import Batch
 from solo.data.bad import load_or_replace
@@ -24,7 +22,9 @@ from solo.data.engines.kernel_torch import TorchKernel
 from solo.data.engines.kernels import Kernel, kernel
 from solo.data.engines.workers import Workers
 from solo.data.random import Draws
-from solo.data.views import Params, sample
+from solo.data.views import Params, joined, sample
+
+_HELD = 32  # decoded images that a worker holds at a time
 
 
 @dataclass
@@ -79,34 +79,43 @@ class _Cropper(Dataset):
         self._job = job
 
     def __getitem__(self, slot: Slot) -> Payload:
-        job = self._job
-        loaded = [load_or_replace(job.source, job.seed, slot.epoch, int(i)) for i in slot.samples]
-        shown = np.array([index for index, _, _ in loaded])
-        images = [image for _, image, _ in loaded]
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
-        crops, params = [], []
-        for number, view in enumerate(job.views):
-            params.append(sample(view, Draws(job.seed, slot.epoch, slot.samples, number), heights, widths))
-            shape = (len(images), job.in_chans, view.crop_size, view.crop_size)
-            out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)  # as the crops come
-            for i, image in enumerate(images):
-                out[i] = crop(image, params[-1].row(i), view.crop_size)
-            crops.append(out)
-        batch = Crops(crops, params, torch.from_numpy(job.source.labels[shown]), torch.from_numpy(shown))
-        return Payload(batch, [pair for _, _, failed in loaded for pair in failed])
+        job, count = self._job, len(slot.samples)
+        crops = [_room(count, job.in_chans, view.crop_size) for view in job.views]
+        params: list[list[Params]] = [[] for _ in job.views]
+        shown: list[int] = []
+        failed: list[tuple[int, str]] = []
+        for first in range(0, count, _HELD):
+            samples = slot.samples[first : first + _HELD]
+            loaded = [load_or_replace(job.source, job.seed, slot.epoch, int(i)) for i in samples]
+            images = [image for _, image, _ in loaded]
+            heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
+            for number, view in enumerate(job.views):
+                drawn = sample(view, Draws(job.seed, slot.epoch, samples, number), heights, widths)
+                crop(images, drawn, crops[number][first : first + _HELD])
+                params[number].append(drawn)
+            shown += [index for index, _, _ in loaded]
+            failed += [pair for _, _, pairs in loaded for pair in pairs]
+        index = np.array(shown)
+        labels = torch.from_numpy(job.source.labels[index])
+        return Payload(Crops(crops, [joined(parts) for parts in params], labels, torch.from_numpy(index)), failed)
 
 
-def crop(image: np.ndarray, params: Params, size: int) -> Tensor:
-    """Crop, resize (antialiased bicubic, as Pillow's) and mirror one image.
+def crop(images: list[np.ndarray], params: Params, out: Tensor) -> None:
+    """Crop, resize (antialiased bicubic, as Pillow's) and mirror images.
 
     Args:
-        image: [H, W, C] uint8.
-        params: the numbers of this image (`Params.row`).
-
-    Returns:
-        [C, size, size] uint8.
+        images: each [H, W, C] uint8.
+        out: [n, C, S, S] uint8, channels last in memory, is filled.
     """
-    box = [int(number) for number in params.box]
-    x = torch.from_numpy(image).permute(2, 0, 1)  # channels last, which torch resizes fastest
-    x = functional.resized_crop(x, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    return x.flip(-1) if params.flip else x
+    size = list(out.shape[-2:])
+    spare = _room(1, *out.shape[1:3])
+    for i, (image, (top, left, height, width), flip) in enumerate(zip(images, params.box.tolist(), params.flip, strict=True)):
+        cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+        x = torch.from_numpy(cut).permute(2, 0, 1)[None]  # channels last, which torch resizes fastest
+        torch.ops.aten._upsample_bicubic2d_aa.out(x, size, False, out=spare if flip else out[i : i + 1])
+        if flip:
+            out[i] = spare[0].flip(-1)
+
+
+def _room(count: int, channels: int, size: int) -> Tensor:
+    return torch.empty((count, channels, size, size), dtype=torch.uint8, memory_format=torch.channels_last)

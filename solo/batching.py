@@ -1,0 +1,166 @@
+"""Several views through one network: one after the other, or as one batch with the statistics of each view."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Mode = Literal["separate", "concat"]
+
+
+class ViewBatching:
+    """Runs networks over views.
+
+    ``separate`` runs each view by itself. ``concat`` runs all views of one shape as one batch, where every norm that uses
+    batch statistics still takes them, and moves its running ones, view by view in their order: the same outputs, gradients
+    and buffers. What a network draws at random, such as dropout, comes in another order.
+
+    Args:
+        mode: which of the two.
+    """
+
+    def __init__(self, mode: Mode = "separate") -> None:
+        self.mode = mode
+        self._plans: dict[nn.Module, _Plan] = {}
+
+    def __call__(self, network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+        """``[network(view) for view in views]``; images take the memory layout of the network's convolutions.
+
+        Args:
+            views: [B, ...] each.
+        """
+        plan = self._plans.get(network) or self._planned(network)
+        views = [view.contiguous(memory_format=plan.layout) if view.ndim == 4 else view for view in views]
+        if self.mode == "separate":
+            return [network(view) for view in views]
+        outputs: list[Tensor] = []
+        for _, same in groupby(views, key=lambda view: view.shape):
+            outputs += plan.run(network, list(same))
+        return outputs
+
+    @property
+    def used(self) -> bool:
+        """Whether any network has been run."""
+        return bool(self._plans)
+
+    def renew(self) -> None:
+        """Look at the networks anew: SyncBatchNorm may have taken the place of their norms."""
+        self._plans.clear()
+
+    def _planned(self, network: nn.Module) -> "_Plan":
+        plan = self._plans[network] = _Plan(_layout(network))
+        if self.mode == "concat":
+            for module in network.modules():
+                if isinstance(module, _NormBase) or getattr(module, "running_var", None) is not None:
+                    kind: Any = type(module)
+                    module.__class__ = kind if issubclass(kind, PerView) else _per_view(kind)
+                    cast(PerView, module).plan = plan
+        return plan
+
+
+@dataclass(eq=False)
+class _Plan:
+    """How a network is run.
+
+    Attributes:
+        layout: of its images.
+        views: how many its norms find in a batch at the moment.
+        counters: of batches, of the norms that have just run; all move on in one operation.
+    """
+
+    layout: torch.memory_format
+    views: int = 1
+    counters: list[Tensor] = field(default_factory=list)
+
+    def run(self, network: nn.Module, views: list[Tensor]) -> Sequence[Tensor]:
+        if len(views) == 1:
+            return [network(views[0])]
+        self.views = len(views)
+        try:
+            return network(torch.cat(views)).chunk(len(views))
+        finally:
+            if self.counters:
+                torch._foreach_add_(self.counters, self.views)
+                self.counters.clear()
+            self.views = 1
+
+
+class PerView(nn.Module):
+    """What makes a norm take the views of a batch, one behind the other, each by itself."""
+
+    plan: _Plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[V * B, ...] -> the same shape."""
+        forward: Any = super().forward
+        views = self.plan.views
+        if views == 1:
+            return forward(x)
+        return torch.cat([forward(view) for view in x.chunk(views)])
+
+
+class LeanPerView(PerView):
+    """`PerView` of torch's own BatchNorm, which nearly all norms are, in few operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, views = cast(nn.BatchNorm2d, self), self.plan.views
+        lean = norm.training and norm.track_running_stats and norm.momentum is not None
+        if views == 1 or not lean or torch.compiler.is_compiling():
+            return super().forward(x)
+        self.plan.counters.append(cast(Tensor, norm.num_batches_tracked))
+        return _BatchNorm.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, views, norm.momentum, norm.eps)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """BatchNorm of each view, written into one tensor: no copy of the activations, and fewer operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+        views: int, momentum: float, eps: float,
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        statistics: list[Tensor] = []
+        for rows, to in zip(x.chunk(views), out.chunk(views), strict=True):
+            own = torch.empty_like(mean), torch.empty_like(var)
+            torch.native_batch_norm(rows, weight, bias, mean, var, True, momentum, eps, out=(to, *own))
+            statistics += own
+        ctx.save_for_backward(x, weight, mean, var, *statistics)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, *statistics = ctx.saved_tensors
+        views = len(statistics) // 2
+        wanted = [ctx.needs_input_grad[0], weight is not None, weight is not None]
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                to, rows, weight, mean, var, statistics[2 * i], statistics[2 * i + 1], True, ctx.eps, wanted
+            )
+            for i, (to, rows) in enumerate(zip(grad.chunk(views), x.chunk(views), strict=True))
+        ]
+        of_x = torch.cat([part[0] for part in parts]) if wanted[0] else None
+        if weight is None:
+            return of_x, *[None] * 7
+        sums = parts[0][1:]
+        for part in parts[1:]:
+            sums = torch._foreach_add(sums, part[1:])
+        return of_x, *sums, *[None] * 5
+
+
+@cache
+def _per_view(kind: Any) -> type[nn.Module]:
+    mixin = LeanPerView if kind in (nn.BatchNorm1d, nn.BatchNorm2d) else PerView
+    return type(f"PerView{kind.__name__}", (mixin, kind), {})
+
+
+def _layout(network: nn.Module) -> torch.memory_format:
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+    return torch.channels_last if last else torch.contiguous_format

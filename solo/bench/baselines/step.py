@@ -1,0 +1,109 @@
+"""A training step as the field writes it: the same networks and losses, each part around them in its published form."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from solo.batching import ViewBatching
+from solo.methods import Method
+from solo.nn import Queue, Teacher
+
+
+class LoopLARS(Optimizer):
+    """`solo.optim.LARS` tensor by tensor, asking the device for the norms before it rescales."""
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float, eta: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update, with ``clip_lr`` and ``exclude_bias_n_norm``."""
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim != 1:
+                    p_norm, g_norm = torch.norm(p), torch.norm(update)
+                    if p_norm != 0 and g_norm != 0:
+                        ratio = p_norm / (g_norm + decay * p_norm + 1e-8) * group["eta"]
+                        ratio = min(ratio / group["lr"], 1)
+                        update = update.add(p, alpha=decay).mul(ratio)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    buffer = state["momentum_buffer"] = update.clone()
+                else:
+                    buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                p.add_(buffer, alpha=-group["lr"])
+
+
+class LoopQueue(Queue):
+    """Similarities anew for each thing that is asked of them, and a pointer that is read on the host."""
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        z = F.normalize(z, dim=-1)
+        first = (z @ self.keys.T).max(dim=1).indices[:, None]
+        index = first if k == 1 else (z @ self.keys.T).topk(k, dim=1).indices
+        return self.keys[index], self.labels[index]
+
+    @torch.no_grad()
+    def land(self) -> None:
+        for z, labels in self._pending:
+            start = int(self.pointer)
+            self.keys[start : start + len(z)] = z
+            self.labels[start : start + len(z)] = labels
+            self.pointer[...] = (start + len(z)) % len(self.keys)
+        self._pending.clear()
+
+
+class LoopTeacher(Teacher):
+    """New storage for every tensor at every step."""
+
+    @torch.no_grad()
+    def update(self, progress: float) -> float:
+        tau = self.momentum.tau(progress)
+        students = [parameter for module in self._students for parameter in module.parameters()]
+        for student, teacher in zip(students, self.parameters(), strict=True):
+            teacher.data = tau * teacher.data + (1 - tau) * student.data
+        return tau
+
+
+_AS_PUBLISHED: dict[type, type] = {Queue: LoopQueue, Teacher: LoopTeacher}
+
+
+def as_published(method: Method) -> Method:
+    """The method with each of these parts in its published form, changed in place."""
+    method.each = ViewBatching("separate")
+    for module in method.modules():
+        if kind := _AS_PUBLISHED.get(type(module)):
+            module.__class__ = kind
+    return method
+
+
+class LoggedAtOnce(pl.LightningModule):
+    """A module that hands its metrics to Lightning at every step, for the step, the epoch and all ranks.
+
+    Args:
+        network: what is trained.
+        metrics: how many scalars are logged.
+    """
+
+    def __init__(self, network: torch.nn.Module, metrics: int) -> None:
+        super().__init__()
+        self.network, self.metrics = network, metrics
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.network(batch).square().mean()
+        values = {f"metric{i}": loss.detach() for i in range(self.metrics)}
+        self.log_dict(values, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)

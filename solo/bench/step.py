@@ -1,0 +1,269 @@
+"""``python -m solo.bench step``: a training step beside the same step as the field writes it.
+
+``--count`` counts operations, waits for the device and messages (no clock), ``--overhead`` times the Python around a step,
+``--method`` times whole steps on the CPU; without any of them all are done. The clock is CPU time of one thread.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from solo import backbones, optim
+from solo.backbones import BackboneConfig
+from solo.batch import Batch
+from solo.batching import Mode, ViewBatching
+from solo.bench.baselines.step import LoggedAtOnce, LoopLARS, as_published
+from solo.bench.counts import Collectives, Operations, Waits
+from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.callbacks.health import FiniteGuard
+from solo.callbacks.metrics import MetricsLogger
+from solo.errors import ConfigError
+from solo.methods import METHODS, Method
+from solo.testing.ranks import run_ranks
+
+METHODS_MEASURED = ("nnclr", "all4one")
+_PEER = "as published"
+_METRICS, _STEPS = 9, 400
+_LR, _DECAY = 0.4, 1e-5
+
+
+def main(argv: list[str]) -> None:
+    arguments = _arguments(argv)
+    torch.set_num_threads(1)
+    everything = not (arguments.count or arguments.overhead or arguments.method)
+    chosen = METHODS_MEASURED if everything else tuple(arguments.method or ())
+    if unknown := set(chosen) - set(METHODS_MEASURED):
+        raise ConfigError(f"--method takes {' or '.join(METHODS_MEASURED)}, got {', '.join(sorted(unknown))}")
+    rows: list[Row] = []
+    if everything or arguments.count:
+        rows += [entry for method in METHODS_MEASURED for entry in count(method)]
+        rows.append(messages())
+    if everything or arguments.overhead:
+        rows.append(overhead(arguments.pairs))
+    for method in chosen:
+        print(correctness(method), flush=True)
+        rows += whole(method, arguments.batch, arguments.pairs)
+    print(table(rows), flush=True)
+    if not arguments.no_write:
+        write(rows)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m solo.bench step", description=__doc__)
+    parser.add_argument("--count", action="store_true", help="count instead of timing")
+    parser.add_argument("--overhead", action="store_true", help="time the Python around a step")
+    parser.add_argument("--method", action="append", help=f"time whole steps: {', '.join(METHODS_MEASURED)}")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each way, in turn")
+    parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
+    return parser.parse_args(argv)
+
+
+# --- a step --------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One optimizer step of a published CIFAR recipe on random images.
+
+    Args:
+        method: its name.
+        batch: images.
+        mode: how views are run; ``None`` for the whole step as the field writes it.
+        precision: of the forward pass.
+        sizes: of ``method_kwargs``, else the published ones.
+    """
+
+    def __init__(
+        self, method: str, batch: int, mode: Mode | None, precision: torch.dtype = torch.float32, **sizes: int
+    ) -> None:
+        torch.manual_seed(0)
+        kind = METHODS[method]
+        self.model: Method = kind(backbones.build(BackboneConfig(), 3, 32), kind.Config(**sizes))
+        groups = optim.parameter_groups(self.model, _LR, _DECAY, self.model.param_options())
+        self.optimizer: Optimizer
+        if mode is None:
+            as_published(self.model)
+            self.optimizer = LoopLARS(groups, _LR, 0.9, 0.02)
+        else:
+            self.model.each = ViewBatching(mode)
+            self.optimizer = optim.LARS(groups, _LR, 0.9, eta=0.02, clip_lr=True, exclude_bias_n_norm=True)
+        views = [torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        self.batch = Batch(views, torch.arange(batch) % 10, torch.arange(batch))
+        self.precision = precision
+
+    def __call__(self) -> int:
+        """Make the step and return its images."""
+        self.optimizer.zero_grad()
+        mixed = self.precision != torch.float32
+        with torch.autocast("cpu", self.precision) if mixed else nullcontext():
+            loss = self.model.losses(self.batch)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.model.after_step(0.5)
+        return len(self.batch.labels)
+
+
+def correctness(method: str) -> str:
+    """Both ways move the weights by the same in a step from the same start, whatever the way views are run.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    found = []
+    for mode in (None, "separate", "concat"):
+        step = Step(method, 8, mode, queue_size=64)
+        before = _weights(step)
+        torch.manual_seed(1)        # dropout
+        step()
+        found.append(_weights(step) - before)
+    worst = max(((other - found[0]).norm() / found[0].norm()).item() for other in found[1:])
+    if worst > 1e-3:
+        raise AssertionError(f"{method}: the update differs by {worst:.1e} of its norm from that of the step as published")
+    return f"{method}: the update differs by {worst:.1e} of its norm from that of the step as published"
+
+
+def _weights(step: Step) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+# --- counts --------------------------------------------------------------------------------------------------------------
+
+
+def count(method: str) -> list[Row]:
+    """S1 and S2, beside the step as published."""
+    counted: dict[Mode | None, tuple[int, int]] = {}
+    modes: tuple[Mode | None, ...] = (None, "separate", "concat")
+    for mode in modes:
+        step = Step(method, 2, mode, queue_size=16)
+        step()
+        with Operations() as seen, Waits() as waits:
+            step()
+        counted[mode] = seen.kernels, sum(waits.names.values())
+    rows = []
+    for mode in ("separate", "concat"):
+        for place, (id, what) in enumerate((("S1", "operations"), ("S2", "waits"))):
+            ours, theirs = counted[mode][place], counted[None][place]
+            rows.append(Row(id, f"{method}, {mode}: {what} of a step", ours, what, _PEER, theirs))
+    return rows
+
+
+def _messages(rank: int) -> int:
+    step = Step("nnclr", 2, "separate", queue_size=16)
+    step()
+    with Collectives() as seen:
+        step()
+    return sum(seen.names.values())
+
+
+def messages() -> Row:
+    """S6: what the method itself sends."""
+    return Row("S6", "nnclr: collectives of a step on 2 ranks", max(run_ranks(_messages)), "collectives")
+
+
+# --- Python around a step ------------------------------------------------------------------------------------------------
+
+
+class _Collected(LoggedAtOnce):
+    """The same module under our way of logging."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.network(batch).square().mean()
+        return {"loss": loss, **{f"metric{i}": loss.detach() for i in range(self.metrics - 1)}}
+
+
+def _fitted(kind: type[LoggedAtOnce], callbacks: list[Callable[[], pl.Callback]], folder: str) -> float:
+    """CPU seconds of `_STEPS` steps under a Trainer, its start left out."""
+    seconds: list[float] = []
+
+    class Clock(pl.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            seconds.append(time.process_time())
+
+        def on_train_end(self, *_: Any) -> None:
+            seconds.append(time.process_time())
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=CSVLogger(folder), log_every_n_steps=50, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*(make() for make in callbacks), Clock()],
+    )
+    trainer.fit(kind(nn.Linear(8, 8), _METRICS), _vectors())
+    return seconds[1] - seconds[0]
+
+
+def _vectors() -> DataLoader:
+    return DataLoader(cast(Dataset, [torch.zeros(4, 8)] * _STEPS), batch_size=None)
+
+
+def _raw() -> float:
+    network = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    began = time.process_time()
+    for batch in _vectors():
+        optimizer.zero_grad()
+        network(batch).square().mean().backward()
+        optimizer.step()
+    return time.process_time() - began
+
+
+def overhead(pairs: int) -> Row:
+    """S3: microseconds of Python per step above a bare loop, nine metrics logged.
+
+    `FiniteGuard`, which the peer lacks, has a row of its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ours = partial(_fitted, _Collected, [MetricsLogger], folder)
+        theirs = partial(_fitted, LoggedAtOnce, [], folder)
+        ours(), theirs(), _raw()
+        measured = [(ours(), theirs(), _raw()) for _ in range(pairs)]
+    above = [(1e6 * (a - raw) / _STEPS, 1e6 * (b - raw) / _STEPS) for a, b, raw in measured]
+    ratios = [b / a for a, b in above]
+    medians = [statistics.median(each) for each in zip(*above, strict=True)]
+    return Row(
+        "S3", f"Python of a step over a bare loop, {_METRICS} metrics", medians[0], "us", "log_dict", medians[1],
+        statistics.median(ratios), min(ratios), max(ratios), pairs,
+    )
+
+
+# --- whole steps ---------------------------------------------------------------------------------------------------------
+
+
+def whole(method: str, batch: int, pairs: int) -> list[Row]:
+    """S5: images per CPU second beside the step as published, and what the finite check takes of a step."""
+    theirs, unit = Step(method, batch, None), "images/CPU-s"
+    rows = []
+    for what, step in (
+        ("float32, separate", Step(method, batch, "separate")),
+        ("float32, concat", Step(method, batch, "concat")),
+        ("bf16-mixed, separate", Step(method, batch, "separate", torch.bfloat16)),
+    ):
+        rows.append(row("S5", f"{method}, {what}, batch {batch}", unit, _PEER, alternate(step, theirs, pairs)))
+    return [*rows, _guard(theirs, rows[0].value, batch)]
+
+
+def _guard(step: Step, images_per_second: float, batch: int) -> Row:
+    """The share of a step that `FiniteGuard` takes to look at the loss and at every gradient."""
+    step()
+    guard, loss = FiniteGuard(), torch.zeros(())
+    trainer: Any = argparse.Namespace(precision_plugin=None)
+
+    def look() -> int:
+        for _ in range(20):
+            guard.on_before_backward(trainer, step.model, loss)
+            guard.on_before_optimizer_step(trainer, step.model, step.optimizer)
+        return 20
+
+    look()
+    share = 100 * (1 / statistics.median(rate(look) for _ in range(5))) * images_per_second / batch
+    return Row("S5", f"finite check in a step, batch {batch}", share, "% of a step")

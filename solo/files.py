@@ -1,0 +1,93 @@
+"""Files whose names always hold a whole content, what writers that died leave behind, and who owns a folder."""
+
+import hashlib
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)\.\w+\.tmp")
+_FORGOTTEN = 86400.0        # seconds after which a temporary file of another host counts as left behind
+
+
+def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
+    """Write a file so that its name always holds the old or the new content, whatever happens meanwhile.
+
+    Args:
+        path: the file; its folder is made.
+        write: the content, or a function that writes it.
+
+    Returns:
+        SHA-256 of the content, hexadecimal.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{HOST}-{os.getpid()}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            file.write(write) if isinstance(write, bytes) else write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest_hex = _sha256(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return digest_hex
+
+
+def write_link(path: Path, target: str | Path) -> None:
+    """Let ``path`` be a symbolic link to ``target``, in one step."""
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return _sha256(file)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of writers that are dead: of this host, or a day old."""
+    for path in folder.glob(".*.tmp"):
+        if found := _TEMPORARY.fullmatch(path.name):
+            here = found["host"] == HOST
+            if not alive(int(found["pid"])) if here else time.time() - path.lstat().st_mtime > _FORGOTTEN:
+                path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether this host runs a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:         # somebody else's
+        return True
+    return True
+
+
+def _sha256(file: BinaryIO) -> str:
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""How the processes of a run find each other, and how one node's first process watches over those it started."""
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from solo.errors import EnvironmentFault
+from solo.peers import set_timeout
+
+MEETING = 60.0      # seconds that processes have to find each other
+AGREEING = 300.0    # seconds that they have to agree on where to begin, which one of them reads from a file system
+GRACE = 8.0         # seconds that the first process has to notice and to say that another one was killed
+SPOKEN = 3.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
+
+
+class Strategy(DDPStrategy):
+    """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
+
+    def __init__(self) -> None:
+        parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+        silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        quiet: dict[str, Any] = {silent: False}
+        super().__init__(find_unused_parameters=False, timeout=timedelta(seconds=MEETING), **quiet)
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            assert self.cluster_environment is not None
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other processes of this node.
+
+    Lightning's own launcher looks every 5 s, and where one has failed, kills all, this process too, before it can say why.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._done = threading.Event()
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=_watch, args=(self.procs, self._done), daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def kill(self, signum: Any) -> None:
+        self._done.set()
+        super().kill(signum)
+
+
+def _watch(children: list[subprocess.Popen[bytes]], done: threading.Event) -> None:
+    """End this process where a child has failed and this process has not noticed within `GRACE`: NCCL does not notice."""
+    while not done.wait(0.2):
+        codes = [child.poll() for child in children]
+        if all(code == 0 for code in codes):
+            return
+        if any(codes):
+            break
+    else:
+        return
+    if done.wait(GRACE if any(code and code < 0 for code in codes) else SPOKEN):
+        return
+    for child in children:
+        child.kill()
+    rank, code = next((rank, code) for rank, code in enumerate(codes, start=1) if code)
+    if code < 0:                    # else it has said why
+        print(f"environment error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+    os._exit(code if code > 0 else EnvironmentFault.exit_code)
+
+
+def meet(trainer: pl.Trainer, timeout: float) -> None:
+    """Start the other processes now, not in ``fit``, so that they can agree before anything is read.
+
+    Args:
+        trainer: knows who they are.
+        timeout: seconds after which a collective fails, once they have met; at least `AGREEING`.
+
+    Raises:
+        EnvironmentFault: they do not find each other.
+    """
+    launcher = trainer.strategy.launcher
+    if trainer.world_size == 1 or launcher is None:
+        return
+    try:
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    except (RuntimeError, ValueError) as error:         # of torch.distributed and its store
+        if isinstance(launcher, Launcher):
+            launcher.kill(signal.SIGKILL)
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        why = "the port is in use" if "EADDRINUSE" in str(error) else f"not within {MEETING:g} s"
+        raise EnvironmentFault(f"rank {trainer.global_rank} did not meet the others ({where}): {why}") from error
+    set_timeout(max(AGREEING, timeout))

@@ -1,0 +1,106 @@
+"""One job to a run's directory, and room for what it will save."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+
+from solo import files, lease
+from solo.errors import EnvironmentFault
+from solo.experiment import experiment
+from solo.lease import owning
+from solo.run import build, pretrain
+from tests.tiny import values
+
+
+def link(folder):
+    return folder.with_name(f".{folder.name}.lease")
+
+
+@pytest.fixture
+def living():
+    """The number of a process of this host that is alive."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.communicate(b"\n")
+
+
+def test_owned_while_it_lasts(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with owning(folder):
+        assert os.readlink(link(folder)) == f"{files.HOST}-{os.getpid()}"
+        with owning(folder):            # the same process, one run inside another
+            pass
+    assert not list(folder.parent.iterdir())
+
+
+def test_a_second_job_is_refused_in_one_line_and_the_first_undisturbed(tmp_path, living):
+    content = values("nnclr", tmp_path, max_epochs=1)
+    run_dir = experiment(content).run_dir(8)
+    link(run_dir).symlink_to(f"{files.HOST}-{living}")
+    for resume in ("auto", "never"):
+        with pytest.raises(EnvironmentFault) as caught:
+            pretrain(experiment({**content, "resume": resume}))
+        assert str(caught.value) == f"{run_dir} belongs to process {living}, which is running: end it, or wait for it"
+    assert os.readlink(link(run_dir)).endswith(f"-{living}") and not run_dir.exists()
+
+
+def test_what_the_dead_owned_is_taken_over(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    content = values("nnclr", tmp_path, max_epochs=1)
+    run_dir = experiment(content).run_dir(8)
+    link(run_dir).symlink_to(f"{files.HOST}-{process.pid}")
+    assert pretrain(experiment(content)).checkpoint.exists() and not link(run_dir).is_symlink()
+
+
+@pytest.mark.parametrize(("silent", "free"), [(60, False), (180, True)])
+def test_on_another_host_silence_decides(tmp_path, silent, free):
+    folder = tmp_path / "run"
+    link(folder).symlink_to("elsewhere-1")
+    os.utime(link(folder), (time.time() - silent,) * 2, follow_symlinks=False)
+    if free:
+        with owning(folder):
+            assert os.readlink(link(folder)) == f"{files.HOST}-{os.getpid()}"
+        return
+    with pytest.raises(EnvironmentFault, match=r"job \(elsewhere-1, seen 6\d s ago\), which counts as dead after 120 s"):
+        owning(folder).__enter__()
+
+
+def test_the_owner_gives_signs_of_life_and_leaves_alone_what_was_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    folder = tmp_path / "run"
+    with owning(folder):
+        os.utime(link(folder), (1e9, 1e9), follow_symlinks=False)
+        deadline = time.monotonic() + 10
+        while link(folder).lstat().st_mtime < 1e9 + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - link(folder).lstat().st_mtime < 60
+        link(folder).unlink()
+        link(folder).symlink_to("elsewhere-7")
+    assert os.readlink(link(folder)) == "elsewhere-7"
+
+
+def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
+    content = values("all4one", tmp_path, max_epochs=1, method_kwargs={"proj_hidden_dim": 512})
+    run_dir = experiment(content).run_dir(8)
+    model = build(experiment(content))
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2 * size))
+    with pytest.raises(EnvironmentFault) as caught:
+        pretrain(experiment(content))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{run_dir} has no room for checkpoints: ") and line.endswith(" MB free")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    result = pretrain(experiment(content))
+    real = result.checkpoint.stat().st_size
+    estimate = size + sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
+    assert pretrain(experiment(content)).checkpoint == result.checkpoint       # complete: nothing will be saved
+    assert 0.9 * real < estimate <= real

@@ -1,0 +1,177 @@
+"""What a training step costs in things that can be counted, so that no noise can excuse more of them."""
+
+import gc
+import resource
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from solo import optim
+from solo.backbones import BackboneConfig, build
+from solo.batch import Batch
+from solo.batching import ViewBatching
+from solo.bench.counts import Collectives, Operations, Waits
+from solo.data.module import DataModule
+from solo.devices import settle
+from solo.dist import gather_packed, rank
+from solo.kernels import nearest
+from solo.methods import METHODS
+from solo.nn import Momentum, Teacher
+from solo.run import _trainer
+from solo.testing.case import Case
+from solo.testing.ranks import run_ranks
+
+CIFAR = {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}
+
+
+@pytest.fixture(autouse=True)
+def search_of_a_gpu(monkeypatch):
+    """The counts are of what a GPU is given: the search by groups, which looks at numbers on its way, is for the CPU alone."""
+    monkeypatch.setattr(nearest, "_searched", lambda rows, queue, k, shadow: nearest._plain(rows, queue, k))
+
+
+def cifar(method, mode):
+    """The published networks of a CIFAR recipe, and one optimizer step of them on few images."""
+    torch.manual_seed(0)
+    model = METHODS[method](build(BackboneConfig(), 3, 32), METHODS[method].Config(queue_size=16))
+    model.each = ViewBatching(mode)
+    optimizer = optim.LARS(optim.parameter_groups(model, 0.4, 1e-5, model.param_options()), lr=0.4, momentum=0.9, **CIFAR)
+    batch = Batch([torch.randn(2, 3, 32, 32) for _ in range(2)], torch.arange(2), torch.arange(2))
+
+    def step():
+        optimizer.zero_grad()
+        model.losses(batch)["loss"].backward()
+        optimizer.step()
+        model.after_step(0.5)
+
+    return step
+
+
+@pytest.mark.parametrize(("method", "most"), [("nnclr", 460), ("all4one", 1120)])
+def test_operations_of_a_step(method, most):
+    """What it is today, to notice more. The goals, 400 and 1,100, are missed: NNCLR was at 393 with a loss and a search over
+    whole matrices; over blocks they take more, smaller operations until a kernel does them.
+    """
+    step = cifar(method, "concat")
+    step()
+    with Operations() as seen, Waits() as waits:
+        step()
+    assert seen.kernels <= most, seen.names.most_common()
+    assert not waits.names and not seen.names["aten::_local_scalar_dense"]
+
+
+def test_a_teacher_follows_in_one_operation_and_in_place():
+    student = build(BackboneConfig(), 3, 32)
+    teacher = Teacher(student, momentum=Momentum())
+    before = [p.data_ptr() for p in teacher.parameters()]
+    with Operations() as seen:
+        teacher.after_step(0.5)
+    assert seen.kernels == 1 and before == [p.data_ptr() for p in teacher.parameters()]
+
+
+# --- a whole run ---------------------------------------------------------------------------------------------------------
+
+
+class Steps(pl.Callback):
+    """What has been counted when each batch begins."""
+
+    def __init__(self, *counters):
+        self.counters, self.seen = counters, []
+
+    def on_train_batch_start(self, *_):
+        self.seen.append([Counter(counter.names) for counter in self.counters])
+
+    def between(self, first, last):
+        """Counted from the beginning of one step to that of another."""
+        return [b - a for a, b in zip(self.seen[first], self.seen[last], strict=True)]
+
+
+def fit(case, folder, counters, **changes):
+    """A run with all its callbacks; the last of several epochs may follow the process group of the test."""
+    config = case.experiment(folder, **changes)
+    arguments, processes = settle(config.trainer)
+    method = case.build()
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    steps = Steps(*counters)
+    _trainer(config, arguments, folder, data, method, config.optimizer.batch_size * processes, [steps]).fit(method, data)
+    return steps
+
+
+@pytest.mark.parametrize("method", ["nnclr", "all4one"])
+def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tmp_path):
+    """The one wait is for `FiniteGuard`, which lets no update happen on numbers that are not finite."""
+    waits = Waits()
+    with waits:
+        steps = fit(Case(method), tmp_path, [waits], log_every_n_steps=4, max_epochs=2, health={"enabled": False})
+    for step in (1, 2, 9, 10):
+        (found,) = steps.between(step, step + 1)
+        assert found == {"tolist": 1}, (step, found)
+    (found,) = steps.between(3, 4)
+    assert found["tolist"] == 2 and found == steps.between(11, 12)[0], found         # as late as early
+
+
+def _two(_, folder):
+    """Collectives of this rank's steps in an epoch of 40; a report comes after every fourth."""
+    with Collectives() as messages:
+        changes = {"data": {"train_size": 640}, "log_every_n_steps": 4, "health": {"every": 1000}}
+        steps = fit(Case("nnclr"), folder / str(rank()), [messages], max_epochs=1, devices=2, **changes)
+    return [steps.between(step, step + 1)[0] for step in range(39)]
+
+
+def test_collectives_of_a_step(tmp_path):
+    """Gathered: each direction's rows and, backwards, their sums; the queue's rows. Then one each of `FiniteGuard`, the
+    probe's gradient, the signals, and Lightning's own broadcast. A report adds one for all metrics together; every second
+    of these steps the ranks tell each other of unreadable images. The goal for the method's own is 2.
+    """
+    for steps in run_ranks(_two, tmp_path):
+        assert all(step == {"all_gather_into_tensor": 5, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
+        assert all(report - other == {"all_reduce": 1} for other, report in zip(steps[1::4], steps[3::4], strict=False))
+
+
+def _packed(which):
+    x = torch.arange(6, dtype=torch.float64).view(3, 2) + 10 * which
+    labels, flags = torch.arange(3) - which, torch.tensor([True, False, which == 1])
+    with Collectives() as messages:
+        found = gather_packed(x, labels, flags)
+    assert sum(messages.names.values()) == 1
+    return [part.tolist() for part in found]
+
+
+def test_one_collective_for_tensors_of_any_types():
+    first, second = run_ranks(_packed)
+    assert first == second == [
+        [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13], [14, 15]], [0, 1, 2, -1, 0, 1], [True, False, False, True, False, True]
+    ]
+
+
+# --- a long run ----------------------------------------------------------------------------------------------------------
+
+
+class Memory(pl.Callback):
+    """Live tensors, and the process's memory in KiB, every 500 steps."""
+
+    def __init__(self):
+        self.tensors, self.resident = [], []
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step % 500 == 0:
+            gc.collect()
+            self.tensors.append(sum(type(thing) in (torch.Tensor, torch.nn.Parameter) for thing in gc.get_objects()))
+            self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory from /proc")
+def test_nothing_grows_over_two_thousand_steps(tmp_path):
+    memory = Memory()
+    config = Case("nnclr").experiment(
+        tmp_path, max_epochs=6, data={"train_size": 4000}, limit_val_batches=0, log_every_n_steps=50, loggers=[],
+    )
+    method = Case("nnclr").build()
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    _trainer(config, settle(config.trainer)[0], tmp_path, data, method, 8, [memory]).fit(method, data)
+    assert len(memory.tensors) == 6 and memory.tensors[1] == memory.tensors[-1], memory.tensors
+    assert memory.resident[-1] - memory.resident[1] < 1024, memory.resident      # the first thousand settle the allocator
