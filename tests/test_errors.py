@@ -45,7 +45,7 @@ WRONG = [
 KINDS = {error.exit_code: error.kind for error in (ConfigError, DataError, NumericsError, EnvironmentFault)}
 
 
-@pytest.mark.parametrize("command, words, code, said", WRONG, ids=[f"{command} {' '.join(words)}" for command, words, *_ in WRONG])
+@pytest.mark.parametrize("command, words, code, said", WRONG, ids=[f"{row[0]} {row[1]}" for row in WRONG])
 def test_a_users_mistake_is_one_line(command, words, code, said, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available() and ("accelerator=gpu" in words or "--gpus" in words):
         pytest.skip("this machine has a GPU")
