@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,15 @@ class ViewBatching:
 
     Args:
         mode: which of the two.
+
+    Attributes:
+        used: whether any network has been run.
     """
 
     def __init__(self, mode: Mode = "separate") -> None:
         self.mode = mode
-        self._plans: dict[nn.Module, _Plan] = {}
+        self.used = False
+        self._layouts: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()      # of networks looked at
 
     def __call__(self, network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
         """``[network(view) for view in views]``; images take the memory layout of the network's convolutions.
@@ -34,46 +39,46 @@ class ViewBatching:
         Args:
             views: [B, ...] each.
         """
-        plan = self._plans.get(network) or self._planned(network)
-        views = [view.contiguous(memory_format=plan.layout) if view.ndim == 4 else view for view in views]
+        self.used = True
+        layout = self._layouts.get(network) or self._looked_at(network)
+        views = [view.contiguous(memory_format=layout) if view.ndim == 4 else view for view in views]
         if self.mode == "separate":
             return [network(view) for view in views]
         outputs: list[Tensor] = []
         for _, same in groupby(views, key=lambda view: view.shape):
-            outputs += plan.run(network, list(same))
+            outputs += _batch.run(network, list(same))
         return outputs
-
-    @property
-    def used(self) -> bool:
-        """Whether any network has been run."""
-        return bool(self._plans)
 
     def renew(self) -> None:
         """Look at the networks anew: SyncBatchNorm may have taken the place of their norms."""
-        self._plans.clear()
+        self._layouts.clear()
+        self.used = False
 
-    def _planned(self, network: nn.Module) -> "_Plan":
-        plan = self._plans[network] = _Plan(_layout(network))
+    def _looked_at(self, network: nn.Module) -> torch.memory_format:
+        layout = self._layouts[network] = _layout(network)
         if self.mode == "concat":
             for module in network.modules():
                 if isinstance(module, _NormBase) or getattr(module, "running_var", None) is not None:
                     kind: Any = type(module)
                     module.__class__ = kind if issubclass(kind, PerView) else _per_view(kind)
-                    cast(PerView, module).plan = plan
-        return plan
+        return layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mode": self.mode, "used": self.used}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _layouts=WeakKeyDictionary())       # a copy looks at its own networks
 
 
 @dataclass(eq=False)
-class _Plan:
-    """How a network is run.
+class _Batch:
+    """The batch that a network runs at the moment.
 
     Attributes:
-        layout: of its images.
-        views: how many its norms find in a batch at the moment.
+        views: how many its norms find in it.
         counters: of batches, of the norms that have just run; all move on in one operation.
     """
 
-    layout: torch.memory_format
     views: int = 1
     counters: list[Tensor] = field(default_factory=list)
 
@@ -90,29 +95,33 @@ class _Plan:
             self.views = 1
 
 
+_batch = _Batch()       # one for all: a norm may be part of several networks, and of those of several methods
+
+
 class PerView(nn.Module):
     """What makes a norm take the views of a batch, one behind the other, each by itself."""
-
-    plan: _Plan
 
     def forward(self, x: Tensor) -> Tensor:
         """[V * B, ...] -> the same shape."""
         forward: Any = super().forward
-        views = self.plan.views
-        if views == 1:
+        if _batch.views == 1:
             return forward(x)
-        return torch.cat([forward(view) for view in x.chunk(views)])
+        return torch.cat([forward(view) for view in x.chunk(_batch.views)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return _unpickled, (type(self).__bases__[1],), *reduced[2:]     # its own class has no name to be found by
 
 
 class LeanPerView(PerView):
     """`PerView` of torch's own BatchNorm, which nearly all norms are, in few operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, views = cast(nn.BatchNorm2d, self), self.plan.views
+        norm, views = cast(nn.BatchNorm2d, self), _batch.views
         lean = norm.training and norm.track_running_stats and norm.momentum is not None
         if views == 1 or not lean or torch.compiler.is_compiling():
             return super().forward(x)
-        self.plan.counters.append(cast(Tensor, norm.num_batches_tracked))
+        _batch.counters.append(cast(Tensor, norm.num_batches_tracked))
         return _BatchNorm.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, views, norm.momentum, norm.eps)
 
 
@@ -158,6 +167,11 @@ class _BatchNorm(torch.autograd.Function):
 def _per_view(kind: Any) -> type[nn.Module]:
     mixin = LeanPerView if kind in (nn.BatchNorm1d, nn.BatchNorm2d) else PerView
     return type(f"PerView{kind.__name__}", (mixin, kind), {})
+
+
+def _unpickled(kind: Any) -> nn.Module:
+    per_view = _per_view(kind)
+    return per_view.__new__(per_view)
 
 
 def _layout(network: nn.Module) -> torch.memory_format:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,9 @@ class Queue(StepModule):
         if self._shadow is None or not self._follows():
             self._shadow = self.keys.bfloat16(), self.keys, self.keys._version
         return self._shadow[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shadow": None}           # a copy's keys have versions of their own
 
     def _follows(self) -> bool:
         return self._shadow is not None and self._shadow[1] is self.keys and self._shadow[2] == self.keys._version

@@ -1,6 +1,9 @@
 """`view_batching: concat` changes how views are run and nothing of what comes out."""
 
 import copy
+import gc
+import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -87,6 +90,40 @@ def test_a_network_run_by_itself_sees_one_view():
     plain = copy.deepcopy(network)
     ViewBatching("concat")(network, [x, x]), [plain(x) for _ in range(2)]
     assert torch.equal(network(x), plain(x)) and list(network.state_dict()) == list(plain.state_dict())
+
+
+def test_a_norm_may_be_part_of_several_networks():
+    """Of one method, or of two that share a backbone; each view keeps its own statistics."""
+    torch.manual_seed(0)
+    inner, views = mlp(6, 8, 8).double(), [torch.randn(5, 6).double(), 3 * torch.randn(5, 6).double() + 1]
+    outer, plain = nn.Sequential(mlp(6, 8, 6).double(), inner), copy.deepcopy(inner)
+    first, second = ViewBatching("concat"), ViewBatching("concat")
+    for each, network in ((first, inner), (first, outer), (second, outer), (first, inner)):
+        found = each(network, views)
+    torch.testing.assert_close(found, [plain(view) for view in views], rtol=1e-9, atol=1e-9)
+
+
+def test_networks_made_anew_are_let_go():
+    each, head = ViewBatching("concat"), mlp(6, 8, 4)
+    made = []
+    for _ in range(3):
+        network = nn.Sequential(head)
+        each(network, [torch.randn(5, 6) for _ in range(2)])
+        made.append(weakref.ref(network))
+    del network
+    gc.collect()
+    assert [seen() for seen in made] == [None] * 3 and each.used
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copied", "pickled"])
+def test_a_copy_runs_like_the_first(copied):
+    torch.manual_seed(0)
+    batching, head, views = ViewBatching("concat"), mlp(6, 8, 4), [torch.randn(5, 6), 3 * torch.randn(5, 6) + 1]
+    batching(head, views)
+    other_batching, other = copied((batching, head))
+    assert type(other[1]) is type(head[1]) and other_batching.mode == "concat" and other_batching.used
+    torch.testing.assert_close(other_batching(other, views), batching(head, views), rtol=0, atol=0)
+    torch.testing.assert_close(dict(other.named_buffers()), dict(head.named_buffers()), rtol=0, atol=0)
 
 
 def test_norms_that_were_replaced_are_found_anew():

@@ -75,6 +75,11 @@ def test_the_shadow_follows_the_keys_whoever_writes_them(monkeypatch):
     assert torch.equal(queue._current_shadow(), queue.keys.bfloat16())
     assert set(queue.state_dict()) == {"keys", "labels", "pointer"}
     assert torch.equal(copy.deepcopy(queue)._current_shadow(), queue.keys.bfloat16())
+    for writes in range(2 * queue.keys._version + 2):      # as many as make a copy's keys look like those of the first
+        other = copy.deepcopy(queue)
+        for _ in range(writes):
+            other.keys.copy_(Queue(*queue.keys.shape).keys)
+        assert torch.equal(other._current_shadow(), other.keys.bfloat16()), writes
 
 
 def test_no_shadow_where_no_search_reads_it():

@@ -3,6 +3,7 @@ import torch
 
 from solo.callbacks import health, knn, probe
 from solo.eval.linear import Classifier, LinearConfig
+from solo.kernels import nearest, neighbours
 from solo.losses import feature_loss_func, nnclr_loss_func, sce_loss_func
 from solo.methods import all4one
 from solo.nn import Queue, unit
@@ -48,6 +49,26 @@ def test_losses_and_searches_are_the_same_bits_under_autocast(loss):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = loss(a, b)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [4096, 16384], ids=["below LARGE", "above LARGE"])
+@pytest.mark.parametrize("form", ["groups", "bfloat16 scan", "plain"])
+def test_every_form_of_the_search_is_the_same_under_autocast(form, size, monkeypatch):
+    """With 512 rows bfloat16 would confuse some neighbour; `Queue.nearest` looks at keys that no autocast has touched."""
+    if form == "plain":
+        monkeypatch.setattr(nearest, "_searched", lambda rows, queue, k, shadow: nearest._plain(rows, queue, k))
+    else:
+        monkeypatch.setattr(nearest, "_bfloat16_is_fast", lambda queue: form == "bfloat16 scan")
+        monkeypatch.setattr(nearest, "_pays", lambda *_: True)
+    torch.manual_seed(0)
+    queue, z = Queue(size, 64), torch.randn(512, 64)
+    rows = unit(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, k5 = queue.nearest(z, 5)[0], neighbours(rows, queue.keys, 5)
+        rough = (rows @ queue.keys.T).float().topk(5).indices
+    exact = (rows.double() @ queue.keys.double().T).topk(5).indices
+    assert torch.equal(k5, exact) and torch.equal(found, queue.keys[exact])
+    assert (rough != exact).any(), "bfloat16 would have done: this shows nothing"
 
 
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -47,12 +47,13 @@ def neighbours(x: Tensor, queue: Tensor, k: int, *, shadow: Tensor | None = None
     """
     if not 1 <= k <= len(queue):
         raise ValueError(f"k must lie between 1 and the queue's {len(queue)} rows, got {k}")
-    if not _fits_kernel(x, queue, k):
-        return neighbours_eager(x, queue, k, shadow)
-    from solo.kernels import triton_nearest
+    with torch.autocast(x.device.type, enabled=False):      # whose products of float32 rows are those of bfloat16
+        if not _fits_kernel(x, queue, k):
+            return neighbours_eager(x, queue, k, shadow)
+        from solo.kernels import triton_nearest
 
-    scanned = queue if shadow is None or exact else shadow
-    return triton_nearest.neighbours(x.detach(), queue, scanned, k, exact)
+        scanned = queue if shadow is None or exact else shadow
+        return triton_nearest.neighbours(x.detach(), queue, scanned, k, exact)
 
 
 def wants_shadow(queue: Tensor) -> bool:
