@@ -20,6 +20,11 @@ def parts(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
 
 
+def fit_one_block(keys: Tensor) -> bool:
+    """Whether `similarities` has one block and no more to yield."""
+    return 0 < len(keys) <= _size(keys)[1]
+
+
 def scaled(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
     """Rows [N, D] as the keys' dtype has them, times ``scale``, in the dtype of sums."""
     return rows.to(keys.dtype).to(accumulator(keys.dtype)) / (1 / scale)      # by the temperature: rounded as the positives are

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from solo.kernels.blocks import finite, parts, scaled, similarities
+from solo.kernels.blocks import finite, fit_one_block, parts, scaled, similarities
 from solo.kernels.dispatch import uses_triton
 
 
@@ -43,6 +43,10 @@ def row_logsumexp_eager(rows: Tensor, keys: Tensor, scale: float, own: int | Non
     rows = scaled(rows, keys, scale)                                                                # [N, D]
     lse = rows.new_empty(len(rows))                                                                 # [N]
     for part in parts(rows):
+        if fit_one_block(keys):
+            ((s, _, _),) = similarities(rows, part, keys, own)
+            lse[part] = s.logsumexp(1)
+            continue
         top = rows.new_full((len(rows[part]),), -math.inf)                                          # [n]
         total = torch.zeros_like(top)                                                               # [n]
         for s, _, _ in similarities(rows, part, keys, own):

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solo.losses.nnclr import nnclr_loss_func
+from solo.losses.contrast import info_nce
 from solo.precision import full_precision
 
 Pair = tuple[Tensor, Tensor]
@@ -44,10 +45,10 @@ def all4one_loss_func(
         temperature: of the neighbour term.
         centroid_temperature: of the centroid term; the published code fixes 0.1.
     """
-    (a1, a2), (b1, b2) = centroids, shifted
-    centroid = (nnclr_loss_func(a1, b2, centroid_temperature) + nnclr_loss_func(a2, b1, centroid_temperature)) / 2
-    (n1, n2), (p1, p2) = neighbours, predictions
-    neighbour = (nnclr_loss_func(n1, p2, temperature) + nnclr_loss_func(n2, p1, temperature)) / 2
+    centroid, neighbour = info_nce(
+        (torch.stack(centroids), torch.stack(shifted[::-1]), centroid_temperature),
+        (torch.stack(neighbours), torch.stack(predictions[::-1]), temperature),
+    )
     feature = feature_loss_func(projections, targets)
     return All4OneTerms((centroid + neighbour + feature) / 2, centroid, neighbour, feature)
 

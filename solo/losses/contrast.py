@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,38 +20,71 @@ from solo.dist import gather, rank
 from solo.kernels import queue_attention, row_logsumexp, weighted_keys
 from solo.precision import full_precision
 
+Term = tuple[Tensor, Tensor, float]
+
+
+@full_precision
+def info_nce(*terms: Term) -> list[Tensor]:
+    """InfoNCE of several pairs of rows, which share one collective each way.
+
+    Args:
+        terms: rows a and keys b, [B, D] or [V, B, D] each, normalised here, and the temperature t. Each a_i is compared with
+            the b_j of all ranks, of several views with those of the same view; its positive is this rank's b_i.
+
+    Returns:
+        For each term the mean of ``logsumexp_j(a_i . b_j / t) - a_i . b_i / t``, a scalar.
+
+    Raises:
+        ValueError: the two of a term have different shapes.
+    """
+    for a, b, _ in terms:
+        if a.shape != b.shape:
+            raise ValueError(f"InfoNCE takes rows and keys of one shape, got {list(a.shape)} and {list(b.shape)}")
+    rows = [_pairs(F.normalize(a, dim=-1) / t) for a, _, t in terms]                                # [V, B, D] each
+    keys = [_pairs(F.normalize(b, dim=-1)) for _, b, _ in terms]
+    losses = InfoNCE.apply(torch.cat(rows), torch.cat(keys))                                        # [G]
+    return [part.mean() for part in losses.split([len(part) for part in rows])]
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
 
 class InfoNCE(torch.autograd.Function):
-    """Mean over i of ``logsumexp_j(a_i . b_j / t) - a_i . b_i / t``, j over the rows of all ranks.
+    """Mean over i of ``logsumexp_j(a_i . b_j) - a_i . b_i`` for each of G pairs a, b [G, n, D]; j over the rows of all ranks.
 
-    With ``p_ij = softmax_j(a_i . b_j / t)`` the gradients are ``(sum_j p_ij b_j - b_i) / (n t)`` for a_i, known at the end of
-    the forward pass, and ``(sum_i p_ij a_i - a_j) / (n t)`` for b_j, which takes the logsumexps of all ranks.
+    With ``p_ij = softmax_j(a_i . b_j)`` the gradients are ``(sum_j p_ij b_j - b_i) / n`` for a_i, known at the end of the
+    forward pass, and ``(sum_i p_ij a_i - a_j) / n`` for b_j, which takes the logsumexps of all ranks.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, temperature: float) -> Tensor:
-        rows, keys = gather(torch.cat([a, b], dim=1)).split(a.shape[1], dim=1)                      # [M, D] each
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        pairs, _, width = a.shape
+        everyone = gather(torch.cat([*a, *b], dim=1))                                               # [M, 2 G D]
+        rows, keys = everyone.view(-1, 2, pairs, width).permute(1, 2, 0, 3)                         # [G, M, D] each
         mean = None
         if ctx.needs_input_grad[0]:
-            mean, lse = queue_attention(a, keys, 1 / temperature)                                   # [n, D], [n]
+            found = [queue_attention(x, y, 1.0) for x, y in zip(a, keys, strict=True)]
+            mean, lse = (torch.stack(each) for each in zip(*found, strict=True))                    # [G, n, D], [G, n]
         else:
-            lse = row_logsumexp(a, keys, 1 / temperature)
+            lse = torch.stack([row_logsumexp(x, y, 1.0) for x, y in zip(a, keys, strict=True)])     # [G, n]
         ctx.save_for_backward(a, b, rows, lse, mean)
-        ctx.temperature = temperature
-        return (lse - (a * b).sum(1) / temperature).mean()
+        return (lse - (a * b).sum(2)).mean(1)
 
     @staticmethod
     @once_differentiable
     @full_precision
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b, rows, lse, mean = ctx.saved_tensors
-        scale = grad / (len(a) * ctx.temperature)
+        scale = (grad / a.shape[1])[:, None, None]
         for_a = for_b = None
         if mean is not None:
             for_a = scale * (mean - b)
         if ctx.needs_input_grad[1]:
-            for_b = scale * (weighted_keys(b, rows, 1 / ctx.temperature, None, gather(lse)) - a)
-        return for_a, for_b, None
+            everyones = gather(lse.T).T                                                             # [G, M]
+            pulled = [weighted_keys(x, y, 1.0, None, sums) for x, y, sums in zip(b, rows, everyones, strict=True)]
+            for_b = scale * (torch.stack(pulled) - a)
+        return for_a, for_b
 
 
 class NTXent(torch.autograd.Function):

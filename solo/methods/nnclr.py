@@ -43,8 +43,7 @@ class NNCLR(Method):
         z1, z2 = self.each(self.projector, (f1, f2))                            # [B, out]
         p1, p2 = self.each(self.predictor, (z1, z2))                            # [B, out]
         n, y = self.queue.nearest(torch.cat([z1, z2]))                          # [2 B, 1, out], [2 B, 1]
-        n1, n2 = n[:, 0].chunk(2)                                               # [B, out]
         self.queue.push(z1, batch.labels)
-        t = self.config.temperature
-        loss = (nnclr_loss_func(n1, p2, t) + nnclr_loss_func(n2, p1, t)) / 2
+        p = torch.stack([p2, p1])                                               # [2, B, out]: the other view's
+        loss = nnclr_loss_func(n.view_as(p), p, self.config.temperature)
         return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[: len(z1), 0], batch.labels)}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from solo import dist
 from solo.kernels import blocks
 from solo.losses import nnclr_loss_func, simclr_loss_func
+from solo.losses.contrast import info_nce
 from solo.testing import run_ranks
 from tests.losses.test_losses import TOLERANCE, assert_gradient
 
@@ -89,6 +90,37 @@ def test_infonce_is_cross_entropy_in_blocks_of_any_size(monkeypatch, n, block):
     torch.testing.assert_close(torch.autograd.grad(nnclr_loss_func(a.detach(), b, 0.3), b)[0], grads[1], rtol=0, atol=0)
 
 
+def looped_infonce(a, b, t):
+    """``-log(exp(s_ii) / sum_j exp(s_ij))``, one pair at a time."""
+    a, b = ([row / row.norm() for row in x] for x in (a, b))
+    e = [[torch.exp(torch.dot(x, y) / t) for y in b] for x in a]
+    return sum(torch.log(sum(row) / row[i]) for i, row in enumerate(e)) / len(a)
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["rows learn", "rows are constants"])
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (64, 64)])
+def test_views_and_terms_are_each_by_themselves(monkeypatch, block, constant):
+    """Of terms with temperatures and numbers of views of their own."""
+    monkeypatch.setattr(blocks, "CPU", block)
+    given = [(rows(2, 5, 4), rows(2, 5, 4, seed=1), 0.3), (rows(5, 4, seed=2), rows(5, 4, seed=3), 0.7)]
+    inputs = [x for a, b, _ in given for x in ((b,) if constant else (a, b))]
+    terms = [(a.detach() if constant else a, b, t) for a, b, t in given]
+    (a, b, t), (c, d, u) = terms
+    wanted = (looped_infonce(a[0], b[0], t) + looped_infonce(a[1], b[1], t)) / 2, looped_infonce(c, d, u)
+    for found, expected in zip(info_nce(*terms), wanted, strict=True):
+        assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    first, second = info_nce(*terms)
+    grads = torch.autograd.grad(2 * first + 3 * second, inputs)
+    for grad, expected in zip(grads, torch.autograd.grad(2 * wanted[0] + 3 * wanted[1], inputs), strict=True):
+        assert_gradient(grad, expected, 1e-11)
+    assert nnclr_loss_func(a, b, t).item() == first.item()
+
+
+def test_rows_and_keys_of_two_shapes_are_told():
+    with pytest.raises(ValueError, match=r"of one shape, got \[4, 3\] and \[2, 4, 3\]"):
+        nnclr_loss_func(torch.randn(4, 3), torch.randn(2, 4, 3))
+
+
 def test_simclr_gradcheck():
     z = rows(6, 3)
     ids = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -167,7 +199,8 @@ def simclr_part(rank, z, ids, world):
 
 
 def infonce_part(rank, a, b, world):
-    mine = [part(x[None].detach(), rank, world).requires_grad_() for x in (a, b)]
+    n = a.shape[1] // world
+    mine = [x[:, rank * n : (rank + 1) * n].detach().requires_grad_() for x in (a, b)]
     with Counted() as counted:
         loss = nnclr_loss_func(*mine, 0.2)
         grads = torch.autograd.grad(loss, mine)
@@ -193,16 +226,17 @@ def test_simclr_on_ranks_is_one_process(world, dtype, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("world", [2, 4])
 def test_infonce_on_ranks_is_one_process(world, dtype, tolerance):
-    n, d = 8, 16
-    a, b = rows(n, d, dtype=dtype), rows(n, d, seed=1, dtype=dtype)
-    expected, grads = value_and_gradients(nnclr_loss_func(a, b, 0.2), a, b)
+    views, n, d = 2, 8, 16
+    a, b = rows(views, n, d, dtype=dtype), rows(views, n, d, seed=1, dtype=dtype)
+    losses = [nnclr_loss_func(x, y, 0.2) for x, y in zip(a, b, strict=True)]
+    expected, grads = value_and_gradients(sum(losses) / views, a, b)
     found = run_ranks(infonce_part, a, b, world, world=world)
     assert sum(each[0] for each in found) / world == pytest.approx(expected, rel=tolerance)
     for rank, (_, each, calls, received) in enumerate(found):
         for mine, whole in zip(each, grads, strict=True):
-            assert_gradient(torch.from_numpy(mine) / world, part(whole[None], rank, world), tolerance)
+            assert_gradient(torch.from_numpy(mine).flatten(0, 1) / world, part(whole, rank, world), tolerance)
         assert calls == ["all_gather_into_tensor"] * 2
-        assert received == n * a.element_size() * (2 * d + 1)
+        assert received == views * n * a.element_size() * (2 * d + 1)
 
 
 def official_simclr(rank, g, dtype):
