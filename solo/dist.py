@@ -1,5 +1,6 @@
 """The few collectives the library needs. In one process each is the identity."""
 
+import weakref
 from typing import Any, NoReturn
 
 import torch
@@ -25,9 +26,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        return gather_packed(x)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -91,9 +90,64 @@ def gather_packed(*tensors: Tensor) -> list[Tensor]:
     """
     if world_size() == 1:
         return list(tensors)
-    rows = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in tensors]
-    parts = gather(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
-    return [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, tensors, strict=True)]
+    waiting = _boarding(tensors[0])
+    everything = [*tensors, *(tensor for later in waiting for tensor in later.own)]
+    if len(everything) == 1:
+        return [_all_gathered(tensors[0])]
+    rows = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in everything]
+    parts = _all_gathered(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
+    found = [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, everything, strict=True)]
+    rest = iter(found[len(tensors) :])
+    for later in waiting:
+        later.found = [next(rest) for _ in later.own]
+    return found[: len(tensors)]
+
+
+def _all_gathered(x: Tensor) -> Tensor:
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+class Later:
+    """Rows that are not in a hurry: they travel with the next gathering of as many rows, at the latest when asked for.
+
+    Every rank must make it, gather and ask in the same order, as for any collective.
+
+    Args:
+        tensors: as for `gather_packed`, constants.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.own = tensors
+        self.found: list[Tensor] | None = None
+        _waiting.append(weakref.ref(self))
+
+    def __call__(self) -> list[Tensor]:
+        """[world_size * B, ...] of each tensor."""
+        if self.found is None:
+            self.found = []                     # no longer among those that wait
+            self.found = gather_packed(*self.own)
+        return self.found
+
+
+_waiting: list[weakref.ref[Later]] = []
+
+
+def send_nothing_old() -> None:
+    """What waits travels with nothing any more, but is still there to be asked for.
+
+    A run that ended in the middle of a step may have left rows, which not every rank still holds.
+    """
+    _waiting.clear()
+
+
+def _boarding(x: Tensor) -> list[Later]:
+    """Those that wait and travel with x; what nobody holds any more is forgotten."""
+    waiting = [later for ref in _waiting if (later := ref()) is not None and later.found is None]
+    going = [later for later in waiting if (len(later.own[0]), later.own[0].device) == (len(x), x.device)]
+    _waiting[:] = [weakref.ref(later) for later in waiting if later not in going]
+    return going
 
 
 @torch.no_grad()

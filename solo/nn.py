@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solo.dist import gather_packed
+from solo.dist import Later
 from solo.kernels import neighbours, wants_shadow
 from solo.losses.unigrad import correlation
 from solo.precision import full_precision
@@ -85,7 +85,7 @@ class Queue(StepModule):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=-1))                   # [K, D]
         self.register_buffer("labels", torch.full((size,), -1, dtype=torch.long))                   # [K]
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[Later] = []
         self._shadow: tuple[Tensor, Tensor, int] | None = None      # of which keys, in which version
         self.lookup: tuple[Tensor, Tensor] | None = None
 
@@ -121,20 +121,22 @@ class Queue(StepModule):
 
     @torch.no_grad()
     def push(self, z: Tensor, labels: Tensor) -> None:
-        """Hand over this step's embeddings of all ranks, in rank order; they land with `land`.
+        """Hand over this rank's embeddings of this step; with `land` those of all ranks land, in rank order.
+
+        They travel with the next collective of the loss, see `solo.dist.Later`.
 
         Args:
             z: [B, D], normalised here.
             labels: [B].
         """
-        rows, known = gather_packed(unit(z.to(self.keys.dtype)), labels)        # [world * B, D], [world * B]
-        self._pending.append((rows, known))
+        self._pending.append(Later(unit(z.to(self.keys.dtype)), labels))
 
     @torch.no_grad()
     def land(self) -> None:
         """Write what was pushed since the last call over the oldest rows."""
         shadow = self._shadow[0] if self._shadow is not None and self._follows() else None
-        for z, labels in self._pending:
+        for pushed in self._pending:
+            z, labels = pushed()                                                # [world * B, D], [world * B]
             rows = (self.pointer + torch.arange(len(z), device=z.device)) % len(self.keys)
             self.keys[rows] = z
             if shadow is not None:

@@ -16,7 +16,7 @@ from solo.batching import ViewBatching
 from solo.bench.counts import Collectives, Operations, Waits
 from solo.data.module import DataModule
 from solo.devices import settle
-from solo.dist import gather_packed, rank
+from solo.dist import Later, gather, gather_packed, rank
 from solo.kernels import nearest
 from solo.methods import METHODS
 from solo.nn import Momentum, Teacher
@@ -110,21 +110,22 @@ def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tm
     assert found["tolist"] == 2 and found == steps.between(11, 12)[0], found         # as late as early
 
 
-def _two(_, folder):
+def _two(_, folder, method):
     """Collectives of this rank's steps in an epoch of 40; a report comes after every fourth."""
     with Collectives() as messages:
         changes = {"data": {"train_size": 640}, "log_every_n_steps": 4, "health": {"every": 1000}}
-        steps = fit(Case("nnclr"), folder / str(rank()), [messages], max_epochs=1, devices=2, **changes)
+        steps = fit(Case(method), folder / str(rank()), [messages], max_epochs=1, devices=2, **changes)
     return [steps.between(step, step + 1)[0] for step in range(39)]
 
 
-def test_collectives_of_a_step(tmp_path):
-    """Gathered: each direction's rows and, backwards, their sums; the queue's rows. Then one each of `FiniteGuard`, the
-    probe's gradient, the signals, and Lightning's own broadcast. A report adds one for all metrics together; every second
-    of these steps the ranks tell each other of unreadable images. The goal for the method's own is 2.
+@pytest.mark.parametrize("method", ["nnclr", "all4one"])
+def test_collectives_of_a_step(method, tmp_path):
+    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Then one each of
+    `FiniteGuard`, the probe's gradient, the signals, and Lightning's own broadcast. A report adds one for all metrics
+    together; every second of these steps the ranks tell each other of unreadable images.
     """
-    for steps in run_ranks(_two, tmp_path):
-        assert all(step == {"all_gather_into_tensor": 5, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
+    for steps in run_ranks(_two, tmp_path, method):
+        assert all(step == {"all_gather_into_tensor": 2, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
         assert all(report - other == {"all_reduce": 1} for other, report in zip(steps[1::4], steps[3::4], strict=False))
 
 
@@ -142,6 +143,40 @@ def test_one_collective_for_tensors_of_any_types():
     assert first == second == [
         [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13], [14, 15]], [0, 1, 2, -1, 0, 1], [True, False, False, True, False, True]
     ]
+
+
+def _with_the_next(which):
+    """What waits, and the messages: of a gathering of other rows, of one that takes two along, of an answer that is there."""
+    keys, labels, more = torch.randn(3, 2) + 10 * which, torch.arange(3) - which, torch.full((3,), 7 + which)
+    first, second, dropped = Later(keys, labels), Later(more), Later(keys)
+    del dropped
+    x = (torch.arange(3.0)[:, None] + 10 * which).requires_grad_()
+    with Collectives() as messages:
+        counts = []
+        for act in (lambda: gather(torch.zeros(4)), lambda: gather(x), first, second, lambda: Later(more)()):
+            found = act()
+            counts.append(sum(messages.names.values()))
+            if x.grad is None and counts[-1] == 2:
+                found.square().sum().backward()
+                messages.names.clear()
+    return counts, x.grad.tolist(), [part.tolist() for part in (*first(), *second(), *found)], keys.tolist()
+
+
+def test_rows_that_wait_travel_with_the_next_of_as_many():
+    (counts, grad, found, mine), (others, other_grad, same, theirs) = run_ranks(_with_the_next)
+    assert counts == others == [1, 2, 0, 0, 1] and found == same
+    assert found == [mine + theirs, [0, 1, 2, -1, 0, 1], [7] * 3 + [8] * 3, [7] * 3 + [8] * 3]
+    assert (grad, other_grad) == ([[0], [4], [8]], [[40], [44], [48]])
+
+
+def _left_over(which):
+    left = Later(torch.zeros(3, 2)) if which else None
+    Case("nnclr").build().on_fit_start()
+    return gather(torch.full((3,), which)).tolist(), left is None or left.found is None
+
+
+def test_what_a_broken_run_left_on_one_rank_is_not_sent():
+    assert run_ranks(_left_over) == [([0] * 3 + [1] * 3, True)] * 2
 
 
 # --- a long run ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     rows: list[Row] = []
     if everything or arguments.count:
         rows += [entry for method in METHODS_MEASURED for entry in count(method)]
-        rows.append(messages())
+        rows += map(messages, METHODS_MEASURED)
     if everything or arguments.overhead:
         rows.append(overhead(arguments.pairs))
     for method in chosen:
@@ -159,17 +159,17 @@ def count(method: str) -> list[Row]:
     return rows
 
 
-def _messages(rank: int) -> int:
-    step = Step("nnclr", 2, "separate", queue_size=16)
+def _messages(rank: int, method: str) -> int:
+    step = Step(method, 2, "separate", queue_size=16)
     step()
     with Collectives() as seen:
         step()
     return sum(seen.names.values())
 
 
-def messages() -> Row:
+def messages(method: str) -> Row:
     """S6: what the method itself sends."""
-    return Row("S6", "nnclr: collectives of a step on 2 ranks", max(run_ranks(_messages)), "collectives")
+    return Row("S6", f"{method}: collectives of a step on 2 ranks", max(run_ranks(_messages, method)), "collectives")
 
 
 # --- Python around a step ------------------------------------------------------------------------------------------------

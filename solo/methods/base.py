@@ -14,7 +14,7 @@ from solo import optim
 from solo.batch import Batch
 from solo.batching import ViewBatching
 from solo.console import say
-from solo.dist import rank
+from solo.dist import rank, send_nothing_old
 from solo.errors import ConfigError
 from solo.nn import Queue, StepModule
 from solo.registry import Registry
@@ -155,6 +155,7 @@ class Method(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.each.renew()
+        send_nothing_old()
 
     def on_train_start(self) -> None:
         self._total_steps = int(self.trainer.estimated_stepping_batches)

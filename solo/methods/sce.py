@@ -81,13 +81,13 @@ class SCE(Method):
         feats = self.each(self.backbone, batch.views[first:])                               # V x [B, dim]
         q = self.each(self.predictor, self.each(self.projector, feats))                     # V x [B, D]
         k = self.each(self.teacher, targets)                                                # G x [B, D], constants
+        if self.queue is not None:
+            for view in k:
+                self.queue.push(view, batch.labels)
         pairs = [(g, v) for g in range(len(k)) for v in range(len(q)) if g != v + first]    # of two views of an image
         loss = sce_multicrop_loss_func(
             q, k, None if self.queue is None else self.queue.keys, pairs,
             temperature=c.temperature, temperature_m=value_at(c.temperature_m, self.progress),
             coeff=value_at(c.coeff, self.progress), mask_self=c.mask_self, in_batch=c.in_batch,
         )
-        if self.queue is not None:
-            for view in k:
-                self.queue.push(view, batch.labels)
         return {"loss": loss, "feats": torch.cat(feats[: len(k)])}

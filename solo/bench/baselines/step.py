@@ -55,7 +55,8 @@ class LoopQueue(Queue):
 
     @torch.no_grad()
     def land(self) -> None:
-        for z, labels in self._pending:
+        for pushed in self._pending:
+            z, labels = pushed()
             start = int(self.pointer)
             self.keys[start : start + len(z)] = z
             self.labels[start : start + len(z)] = labels
