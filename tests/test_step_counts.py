@@ -13,11 +13,10 @@ from solo import optim
 from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
-from solo.bench.counts import Collectives, Operations, Waits
+from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
 from solo.data.module import DataModule
 from solo.devices import settle
 from solo.dist import Later, gather, gather_packed, rank
-from solo.kernels import nearest
 from solo.methods import METHODS
 from solo.nn import Momentum, Teacher
 from solo.run import _trainer
@@ -28,9 +27,9 @@ CIFAR = {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}
 
 
 @pytest.fixture(autouse=True)
-def search_of_a_gpu(monkeypatch):
-    """The counts are of what a GPU is given: the search by groups, which looks at numbers on its way, is for the CPU alone."""
-    monkeypatch.setattr(nearest, "_searched", lambda rows, queue, k, shadow: nearest._plain(rows, queue, k))
+def counted_as_on_a_gpu():
+    with search_of_a_gpu():
+        yield
 
 
 def cifar(method, mode):
