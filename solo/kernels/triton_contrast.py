@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solo.kernels.dispatch import cut, input_precision, interpreted, padded
+from solo.kernels.triton_tiles import logits, tile
 
 # Logits are kept to base 2, as the exponentials are: t_ij = s_ij log2(e).
 #
@@ -26,22 +27,14 @@ def _forward(rows, keys, lse, N, K, per_part, factor, own, D: tl.constexpr, BM: 
              BD: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    d = tl.arange(0, BD)
-    x = tl.load(rows + row[:, None] * D + d[None, :], mask=(row < N)[:, None] & (d < D)[None, :], other=0.0)
-    if UPCAST:      # the interpreter multiplies the bits of bfloat16
-        x = x.to(tl.float32)
+    x = tile(rows, row, N, D, BD, UPCAST)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, K), BN):
         column = start + tl.arange(0, BN)
-        y = tl.load(keys + column[:, None] * D + d[None, :], mask=(column < K)[:, None] & (d < D)[None, :], other=0.0)
-        if UPCAST:
-            y = y.to(tl.float32)
-        t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * factor                              # [BM, BN]
-        t = tl.where((column < K)[None, :], t, float("-inf"))
-        if OWN:
-            t = tl.where(column[None, :] == own + row[:, None], float("-inf"), t)
+        y = tile(keys, column, K, D, BD, UPCAST)                                                    # [BN, BD]
+        t = logits(x, y, factor, row, column, K, own, OWN, PRECISION)                               # [BM, BN]
         above = tl.maximum(top, tl.max(t, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(t - shift[:, None]), 1)
@@ -71,18 +64,14 @@ def _backward(a, b, out, lse_a, lse_b, A, B, per_part, factor, own, D: tl.conste
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     inside = (row < A)[:, None] & (d < D)[None, :]
-    x = tl.load(a + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-    if UPCAST:      # the interpreter multiplies the bits of bfloat16
-        x = x.to(tl.float32)
+    x = tile(a, row, A, D, BD, UPCAST)
     if OF_A:
         a_lse = tl.load(lse_a + row, mask=row < A, other=0.0) * 1.4426950408889634
     acc = tl.zeros((BM, BD), tl.float32)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, B), BN):
         column = start + tl.arange(0, BN)
-        y = tl.load(b + column[:, None] * D + d[None, :], mask=(column < B)[:, None] & (d < D)[None, :], other=0.0)
-        if UPCAST:
-            y = y.to(tl.float32)
+        y = tile(b, column, B, D, BD, UPCAST)                                                       # [BN, BD]
         t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * factor                              # [BM, BN]
         w = tl.zeros((BM, BN), tl.float32)
         if OF_A:
