@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solo.kernels.dispatch import cut, input_precision, interpreted, padded
-from solo.kernels.triton_tiles import logits, tile
+from solo.kernels.triton_tiles import _logits, _tile
 
 # A program has BM rows and one part of the queue. It holds, over the keys it has seen, with t_ij = s_ij log2(e),
 #   top = max_j t_ij          total = sum_j 2^(t_ij - top)          mean = sum_j 2^(t_ij - top) queue_j
@@ -22,7 +22,7 @@ def _attend(q, keys, scale, lse, mean, N, K, per_part, own, D: tl.constexpr, BM:
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     d = tl.arange(0, BD)
-    x = tile(q, row, N, D, BD, UPCAST)
+    x = _tile(q, row, N, D, BD, UPCAST)
     factor = tl.load(scale + row, mask=row < N, other=0.0) * 1.4426950408889634
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -30,8 +30,8 @@ def _attend(q, keys, scale, lse, mean, N, K, per_part, own, D: tl.constexpr, BM:
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, K), BN):
         column = start + tl.arange(0, BN)
-        y = tile(keys, column, K, D, BD, UPCAST)                                                    # [BN, BD]
-        t = logits(x, y, factor[:, None], row, column, K, own, OWN, PRECISION)                      # [BM, BN]
+        y = _tile(keys, column, K, D, BD, UPCAST)                                                    # [BN, BD]
+        t = _logits(x, y, factor[:, None], row, column, K, own, OWN, PRECISION)                      # [BM, BN]
         above = tl.maximum(top, tl.max(t, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
         p = tl.exp2(t - shift[:, None])

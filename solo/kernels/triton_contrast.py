@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solo.kernels.dispatch import cut, input_precision, interpreted, padded
-from solo.kernels.triton_tiles import logits, tile
+from solo.kernels.triton_tiles import _logits, _tile
 
 # Logits are kept to base 2, as the exponentials are: t_ij = s_ij log2(e).
 #
@@ -27,14 +27,14 @@ def _forward(rows, keys, lse, N, K, per_part, factor, own, D: tl.constexpr, BM: 
              BD: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    x = tile(rows, row, N, D, BD, UPCAST)
+    x = _tile(rows, row, N, D, BD, UPCAST)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, K), BN):
         column = start + tl.arange(0, BN)
-        y = tile(keys, column, K, D, BD, UPCAST)                                                    # [BN, BD]
-        t = logits(x, y, factor, row, column, K, own, OWN, PRECISION)                               # [BM, BN]
+        y = _tile(keys, column, K, D, BD, UPCAST)                                                    # [BN, BD]
+        t = _logits(x, y, factor, row, column, K, own, OWN, PRECISION)                               # [BM, BN]
         above = tl.maximum(top, tl.max(t, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(t - shift[:, None]), 1)
@@ -64,14 +64,14 @@ def _backward(a, b, out, lse_a, lse_b, A, B, per_part, factor, own, D: tl.conste
     part = tl.program_id(1)
     d = tl.arange(0, BD)
     inside = (row < A)[:, None] & (d < D)[None, :]
-    x = tile(a, row, A, D, BD, UPCAST)
+    x = _tile(a, row, A, D, BD, UPCAST)
     if OF_A:
         a_lse = tl.load(lse_a + row, mask=row < A, other=0.0) * 1.4426950408889634
     acc = tl.zeros((BM, BD), tl.float32)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, B), BN):
         column = start + tl.arange(0, BN)
-        y = tile(b, column, B, D, BD, UPCAST)                                                       # [BN, BD]
+        y = _tile(b, column, B, D, BD, UPCAST)                                                       # [BN, BD]
         t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * factor                              # [BM, BN]
         w = tl.zeros((BM, BN), tl.float32)
         if OF_A:

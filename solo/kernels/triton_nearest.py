@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solo.kernels.dispatch import cut, input_precision, interpreted, padded
-from solo.kernels.triton_tiles import tile
+from solo.kernels.triton_tiles import _tile
 
 GROUP = 32
 _SPARE = 3                  # groups kept beyond k
@@ -22,11 +22,11 @@ def _scan(x, queue, best, N, K, GROUPS, per_part, D: tl.constexpr, BM: tl.conste
           G: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    a = tile(x, row, N, D, BD, UPCAST)
+    a = _tile(x, row, N, D, BD, UPCAST)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, K), BN):
         column = start + tl.arange(0, BN)
-        b = tile(queue, column, K, D, BD, False)                                                    # [BN, BD]
+        b = _tile(queue, column, K, D, BD, False)                                                    # [BN, BD]
         b = b.to(tl.float32) if EXACT else b.to(tl.bfloat16)
         if UPCAST:
             b = b.to(tl.float32)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(x, row, N, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
+def _tile(x, row, N, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
     """Rows ``row`` [B] of x [N, D], padded with 0: [B, BD]."""
     d = tl.arange(0, BD)
     rows = tl.load(x + row[:, None] * D + d[None, :], mask=(row < N)[:, None] & (d < D)[None, :], other=0.0)
@@ -15,7 +15,7 @@ def tile(x, row, N, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def logits(x, y, factor, row, column, K, own, OWN: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(x, y, factor, row, column, K, own, OWN: tl.constexpr, PRECISION: tl.constexpr):
     """``factor x y'`` [BM, BN]; -inf where there is no key, and for key ``own + i`` of row i where it is left out."""
     t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * factor
     t = tl.where((column < K)[None, :], t, float("-inf"))
