@@ -121,7 +121,8 @@ class Later:
     def __init__(self, *tensors: Tensor) -> None:
         self.own = tensors
         self.found: list[Tensor] | None = None
-        _waiting.append(weakref.ref(self))
+        if world_size() > 1:
+            _waiting.append(weakref.ref(self))
 
     def __call__(self) -> list[Tensor]:
         """[world_size * B, ...] of each tensor."""

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from solo import optim
+from solo import dist, optim
 from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
@@ -18,7 +18,7 @@ from solo.data.module import DataModule
 from solo.devices import settle
 from solo.dist import Later, gather, gather_packed, rank
 from solo.methods import METHODS
-from solo.nn import Momentum, Teacher
+from solo.nn import Momentum, Queue, Teacher
 from solo.run import _trainer
 from solo.testing.case import Case
 from solo.testing.ranks import run_ranks
@@ -166,6 +166,14 @@ def test_rows_that_wait_travel_with_the_next_of_as_many():
     assert counts == others == [1, 2, 0, 0, 1] and found == same
     assert found == [mine + theirs, [0, 1, 2, -1, 0, 1], [7] * 3 + [8] * 3, [7] * 3 + [8] * 3]
     assert (grad, other_grad) == ([[0], [4], [8]], [[40], [44], [48]])
+
+
+def test_in_one_process_nothing_waits():
+    queue = Queue(8, 2)
+    for _ in range(3):
+        queue.push(torch.randn(4, 2), torch.arange(4))
+        queue.land()
+    assert not dist._waiting and queue.labels.tolist() == [0, 1, 2, 3] * 2
 
 
 def _left_over(which):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solo.dist import gather, rank
+from solo.dist import gather_packed, rank
 from solo.losses.contrast import NTXent
 from solo.precision import full_precision
 
@@ -26,8 +26,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1, *, po
         Mean loss over the local rows, a scalar; infinite if a row has no positive.
     """
     z = F.normalize(z, dim=-1)
-    table = _positives(indexes, gather(indexes), positives)
-    return NTXent.apply(z, gather(z.detach()), table, temperature)
+    bank, everyones = gather_packed(z.detach(), indexes)                        # [M, D], [M]
+    return NTXent.apply(z, bank, _positives(indexes, everyones, positives), temperature)
 
 
 def _positives(mine: Tensor, everyones: Tensor, most: int | None) -> Tensor:
