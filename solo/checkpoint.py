@@ -212,6 +212,8 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     Raises:
         ConfigError: there is nothing of the kind, or several runs of that name.
     """
+    if not str(path):
+        raise ConfigError(f"{key} must name a checkpoint or a run's directory")
     path = Path(path)
     if path.is_file():
         return path

@@ -211,13 +211,23 @@ def experiment(values: dict[str, Any]) -> Experiment:
 _ABSENT = object()
 
 
+def schema_of(method: str) -> type[Any]:
+    """The dataclass of a method's own keys.
+
+    Raises:
+        ConfigError: there is no such method, or it has none.
+    """
+    schema = getattr(METHODS[method], "Config", None)
+    if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
+        raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
+    return schema
+
+
 def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) -> Any:
     if not isinstance(method, str):
         return None
     try:
-        schema = getattr(METHODS[method], "Config", None)
-        if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
-            raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
+        schema = schema_of(method)
         if momentum is not _ABSENT and isinstance(given, dict):
             given = _with_momentum(method, schema, given, momentum)
         return bind(schema, given, "method_kwargs")
