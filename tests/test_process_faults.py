@@ -130,12 +130,12 @@ def test_a_process_that_stalls(tmp_path, where):
 def test_nan_on_one_rank_stops_both_before_the_update(tmp_path):
     code, lines, took = fail(tmp_path, "nan", 1)
     assert code == 4 and took < 10 and len(lines) == 1, (code, lines, took)
-    assert "non-finite loss at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
+    assert "non-finite loss of NNCLR at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
     last(tmp_path)
     kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
     assert [each["step"] for each in kept] == [7, 7] and "views[0]" in kept[1]["not_finite"]
     assert "views[0]" not in kept[0]["not_finite"]
-    assert len({*kept[0]["indices"], *kept[1]["indices"]}) == 16
+    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
 
 
 def test_ranks_of_different_seeds_do_not_start(tmp_path):
