@@ -63,7 +63,7 @@ class _Word:
     def judge(self, error: Exception) -> BaseException:
         """What this process ends with."""
         try:
-            if not _LOST.search(str(error)) and self._first(error):
+            if (isinstance(error, SoloError) or not _LOST.search(str(error))) and self._first(error):
                 return self._spoken_for(error)
             late = re.search("[Tt]imed? ?out", str(error))
             return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead
