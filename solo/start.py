@@ -101,6 +101,10 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         f"step {content['global_step']})")
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
+    then, now = flat(provenance["config"]).get("optimizer.batch_size"), config.optimizer.batch_size
+    if then not in (now, None):
+        say(f"note: each process takes {now} images of a step, it took {then} when this checkpoint was saved: the steps are of "
+            "the same images, but statistics of BatchNorm and random numbers of networks are each process's own")
     return str(path), path.stat().st_size, complete
 
 
