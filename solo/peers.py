@@ -25,6 +25,27 @@ def set_timeout(seconds: float) -> None:
 
 
 @contextmanager
+def turn_of_first(name: str, seconds: float) -> Iterator[None]:
+    """Around what only rank 0 works at: the others leave behind it, or after a time; also where it fails.
+
+    Args:
+        name: used once.
+        seconds: how long the others wait, which may be longer than a collective.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store = dist.PrefixStore("solo/turn", dist.distributed_c10d._get_default_store())
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            store.set(name, "")
+        else:
+            _until(lambda: store.check([name]), seconds)
+
+
+@contextmanager
 def together(timeout: float) -> Iterator[None]:
     """Around what several processes do together.
 
