@@ -1,6 +1,5 @@
 """Hold a method, built in or a plugin, against the contract: ``python -m solo.certify METHOD``."""
 
-import argparse
 import dataclasses
 import logging
 import sys
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from solo.config import load, plain
 from solo.console import quiet_libraries
-from solo.errors import ConfigError, reported
+from solo.errors import ConfigError, Parser, reported
 from solo.experiment import experiment
 from solo.testing.case import SIZES, Case
 from solo.testing.certificate import Row, certificate
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: no such method, a recipe of another one, fewer than 2 ranks.
     """
-    parser = argparse.ArgumentParser(prog="python -m solo.certify", description=__doc__)
+    parser = Parser(prog="python -m solo.certify", description=__doc__)
     parser.add_argument("method", metavar="METHOD", help="a name, or module:Class")
     parser.add_argument("--config", metavar="PATH", help="take method_kwargs and views of this recipe, made small")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], metavar="N", help="numbers of processes (default: 2 4)")

@@ -18,7 +18,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from solo.errors import ConfigError, NumericsError
+from solo.errors import ConfigError, EnvironmentFault, NumericsError
 from solo.files import digest, sweep, write_file
 from solo.reading import parse_json, read_json, read_tensors
 
@@ -50,14 +50,15 @@ def manifest(folder: str | Path) -> list[Entry]:
     """The checkpoints of a folder in the order of their steps.
 
     Raises:
-        ConfigError: there is a manifest, and it cannot be read.
+        ConfigError: there is a manifest, and it holds something else.
+        OSError: the file system does not let it be read.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
         return []
     try:
         return sorted((Entry(**row) for row in read_json(path)), key=lambda entry: entry.step)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not a manifest of checkpoints ({error})") from error
 
 
@@ -170,8 +171,12 @@ def newest(folder: str | Path) -> Path | None:
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged.
+        EnvironmentFault: the file system does not let them be read.
     """
-    found = survey(folder)
+    try:
+        found = survey(folder)
+    except OSError as error:
+        raise EnvironmentFault(f"{folder} cannot be read: {error.strerror}") from error
     if not found.valid:
         return None
     path = Path(folder) / found.valid[-1].file
@@ -212,6 +217,8 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     Raises:
         ConfigError: there is nothing of the kind, or several runs of that name.
     """
+    if not str(path):
+        raise ConfigError(f"{key} must name a checkpoint or a run's directory")
     path = Path(path)
     if path.is_file():
         return path
@@ -234,9 +241,15 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: missing, damaged, or holding anything but tensors and plain values.
+        EnvironmentFault: the file system does not let it be read, or its run has just removed it.
     """
     path = resolve(path)
-    if _known(path) not in (None, digest(path)):
+    try:
+        known = _known(path)
+        same = known in (None, digest(path))
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}") from error
+    if not same:
         raise ConfigError(f"{path} is damaged: its checksum differs from {MANIFEST}")
     return _content(path)
 

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -202,6 +202,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             return values(hydra.compose(file.name, overrides=[*_QUIET, *arguments]))
     except HydraException as error:
         raise ConfigError(_one_line(error)) from error
+    except RecursionError as error:
+        raise ConfigError(_CIRCLE) from error
 
 
 def values(config: DictConfig) -> dict[str, Any]:
@@ -242,7 +244,11 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
         def command() -> None:
             original = list(sys.argv)
 
+            begun = False
+
             def run(config: DictConfig) -> None:
+                nonlocal begun
+                begun = True
                 sys.argv[:] = original  # Lightning starts further ranks with this command line
                 with reported():
                     task(values(config))
@@ -254,28 +260,30 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
                     hydra.main(version_base="1.3", config_path=str(directory), config_name=config_name)(run)()
                 except (HydraException, OmegaConfBaseException) as error:
                     raise ConfigError(_one_line(error)) from error
+                except (RecursionError, OSError) as error:      # of the composing, or of a folder that Hydra is told to make
+                    if begun:
+                        raise
+                    raise ConfigError(_CIRCLE if isinstance(error, RecursionError) else _one_line(error)) from error
 
         return command
 
     return decorate
 
 
+_CIRCLE = "the defaults lists of the config files name each other in a circle"
+
 # Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
 _QUIET = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 _SWEEP = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
-_FLAGS_WITH_VALUE = {
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--info",
-    "-i",
+_OF_CFG, _OF_INFO = ("job", "hydra", "all"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_FLAGS_WITH_VALUE: dict[str, Sequence[str]] = {                     # and what they may be, where it is not a name
+    **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p"), ()),
+    **dict.fromkeys(("--cfg", "-c"), _OF_CFG),
+    **dict.fromkeys(("--info", "-i"), _OF_INFO),
+}
+_FLAGS = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc"),
+    "--debug",
 }
 
 
@@ -291,6 +299,12 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
             continue
         if name in _FLAGS_WITH_VALUE and not equals:
             value = next(words, "")
+        if name not in _FLAGS and name not in _FLAGS_WITH_VALUE:
+            near = nearest(name, (*_FLAGS, *_FLAGS_WITH_VALUE))
+            raise ConfigError(f"unknown flag {name}" + (f", did you mean {near}?" if near else ""))
+        choices = _FLAGS_WITH_VALUE.get(name, [value])
+        if name in _FLAGS_WITH_VALUE and (not value or choices and value not in choices):
+            raise ConfigError(f"{name} needs {'one of ' + ', '.join(choices) if choices else 'a value'}, got {value!r}")
         if name in ("--config-path", "-cp"):
             directory = Path(value).resolve()
         elif name in ("--config-name", "-cn"):

@@ -1,5 +1,6 @@
 """The errors a user can cause or meet. Each ends a command with one line and its own exit code."""
 
+import argparse
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from solo.console import main_process
 
@@ -58,6 +60,13 @@ class Interrupted(SoloError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are `ConfigError`, without a page of usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
 Handler = Callable[[int, FrameType | None], object]

@@ -117,6 +117,10 @@ class Experiment:
         trainer = content.pop("trainer")
         return {**content, **trainer}
 
+    def record(self) -> dict[str, Any]:
+        """`to_json` without secrets; names and words of the schema stay, as they are needed to build a backbone again."""
+        return _with_words(redacted(self.to_json()), self)
+
     def run_dir(self, global_batch: int) -> Path:
         """``<checkpoint.dir>/<name>-<hash>``: the hash covers whatever changes what is learned.
 
@@ -128,7 +132,7 @@ class Experiment:
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that change what is learned and differ from another config: (its value, this one's)."""
-        theirs, own = flat(_learned(other)), flat(_learned(redacted(self.to_json())))
+        theirs, own = flat(_learned(other)), flat(_learned(self.record()))
         return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
@@ -154,6 +158,22 @@ _NOT_LEARNED_INSIDE = (
     ("data", "val_path"),
     ("optimizer", "batch_size"),
 )
+
+
+def _with_words(shown: Any, thing: Any) -> Any:
+    """What is shown of a dataclass, with the texts that cannot be secrets: names that are looked up, and choices of a few."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        hints = get_type_hints(type(thing))
+        for key in set(hints) & set(shown):
+            own = getattr(thing, key)
+            word = key in _LOOKED_UP or "Literal[" in str(hints[key]) or isinstance(thing, BackboneConfig)
+            shown[key] = redacted(plain(own), environment=False) if word else _with_words(shown[key], own)
+    elif isinstance(thing, list) and isinstance(shown, list):
+        return [_with_words(part, own) for part, own in zip(shown, thing, strict=True)]
+    return shown
+
+
+_LOOKED_UP = ("method", "name", "dataset")
 
 
 def _learned(content: dict[str, Any]) -> dict[str, Any]:
@@ -211,13 +231,23 @@ def experiment(values: dict[str, Any]) -> Experiment:
 _ABSENT = object()
 
 
+def schema_of(method: str) -> type[Any]:
+    """The dataclass of a method's own keys.
+
+    Raises:
+        ConfigError: there is no such method, or it has none.
+    """
+    schema = getattr(METHODS[method], "Config", None)
+    if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
+        raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
+    return schema
+
+
 def _method_kwargs(method: Any, given: Any, momentum: Any, problems: list[str]) -> Any:
     if not isinstance(method, str):
         return None
     try:
-        schema = getattr(METHODS[method], "Config", None)
-        if not dataclasses.is_dataclass(schema) or not isinstance(schema, type):
-            raise ConfigError(f"{method!r} is no method: it has no Config dataclass")
+        schema = schema_of(method)
         if momentum is not _ABSENT and isinstance(given, dict):
             given = _with_momentum(method, schema, given, momentum)
         return bind(schema, given, "method_kwargs")

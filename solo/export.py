@@ -3,7 +3,6 @@
 ``python -m solo.export CHECKPOINT OUT.safetensors`` writes the weights alone, in a format that cannot hold code.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -19,7 +18,7 @@ from solo import backbones, checkpoint
 from solo.backbones import BackboneConfig
 from solo.config import bind, plain
 from solo.console import quiet_libraries, say
-from solo.errors import ConfigError, EnvironmentFault, reported
+from solo.errors import ConfigError, EnvironmentFault, Parser, reported
 from solo.files import digest, write_file
 from solo.reading import read_safetensors, read_tensors
 
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ConfigError: no such checkpoint, or another kind of file asked for.
         EnvironmentFault: the file cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="python -m solo.export", description=__doc__)
+    parser = Parser(prog="python -m solo.export", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or a run's directory")
     parser.add_argument("out", metavar="OUT.safetensors")
     parser.add_argument("--backbone", metavar="NAME", help="timm's name, where the checkpoint does not tell")

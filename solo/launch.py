@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
-from solo.errors import SIGNALS, ConfigError, EnvironmentFault, hearing
+from solo.errors import SIGNALS, ConfigError, EnvironmentFault, Parser, hearing
 from solo.registry import suggestion
 
 PRETRAIN = "main_pretrain.py"
@@ -26,11 +25,6 @@ HYDRA_FLAGS = {
 TORCHRUN = ("-m", "solo.torchrun", "--signals-to-handle=" + ",".join(number.name for number in SIGNALS))
 LIBRARY = str(Path(__file__).resolve().parent.parent)       # what we start imports it, also where it is not installed
 WARNING = 120        # seconds between the signal that a SLURM job has to end and its end
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def main(argv: Sequence[str], root: Path) -> int:
@@ -124,8 +118,8 @@ def _requeue(job: str) -> str:
     return f"requeued job {job}: it continues from its checkpoint"
 
 
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> Parser:
+    parser = Parser(
         prog="launcher.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python launcher.py [flags] [--config-path DIR] [--config-name FILE] [key=value ...]",
         description="Starts a script on one device, several GPUs, several nodes or SLURM.\n"
@@ -150,7 +144,7 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str], parser: _Parser) -> None:
+def _check(options: argparse.Namespace, rest: Sequence[str], parser: Parser) -> None:
     ours = [flag for action in parser._actions for flag in action.option_strings]
     problems = [f"unknown flag {word}{suggestion(word, [*ours, *HYDRA_FLAGS])}" for word in _unknown(rest)]
     for name in ("gpus", "processes", "nodes", "cpus_per_task", "mem_gb"):

@@ -55,7 +55,10 @@ def _take(lease: Path, own: str, folder: Path) -> None:
 
 def _refuse_living(lease: Path, owner: str, folder: Path) -> None:
     found = re.fullmatch(r"([\w-]+)-(\d+)", owner)
-    silent = time.time() - lease.lstat().st_mtime
+    try:
+        silent = time.time() - lease.lstat().st_mtime
+    except FileNotFoundError:           # it has just been given back
+        return
     if found and found[1] == HOST:
         if alive(int(found[2])):
             raise EnvironmentFault(f"{folder} belongs to process {found[2]}, which is running: end it, or wait for it")
@@ -73,6 +76,7 @@ def _owner(lease: Path) -> str | None:
 
 
 def _beat(lease: Path, own: str, done: threading.Event) -> None:
-    while not done.wait(BEAT) and _owner(lease) == own:
-        with suppress(FileNotFoundError):
+    """Until it is done or somebody else's; a file system that does not answer for a while is asked again."""
+    while not done.wait(BEAT) and _owner(lease) in (own, None):
+        with suppress(OSError):
             os.utime(lease, follow_symlinks=False)

@@ -25,6 +25,27 @@ def set_timeout(seconds: float) -> None:
 
 
 @contextmanager
+def turn_of_first(name: str, seconds: float) -> Iterator[None]:
+    """Around what only rank 0 works at: the others leave behind it, or after a time; also where it fails.
+
+    Args:
+        name: used once.
+        seconds: how long the others wait, which may be longer than a collective.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store = dist.PrefixStore("solo/turn", dist.distributed_c10d._get_default_store())
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            store.set(name, "")
+        else:
+            _until(lambda: store.check([name]), seconds)
+
+
+@contextmanager
 def together(timeout: float) -> Iterator[None]:
     """Around what several processes do together.
 
@@ -63,7 +84,7 @@ class _Word:
     def judge(self, error: Exception) -> BaseException:
         """What this process ends with."""
         try:
-            if not _LOST.search(str(error)) and self._first(error):
+            if (isinstance(error, SoloError) or not _LOST.search(str(error))) and self._first(error):
                 return self._spoken_for(error)
             late = re.search("[Tt]imed? ?out", str(error))
             return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead

@@ -100,6 +100,8 @@ def read_tensors(path: str | Path, stand_ins: bool = False) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip()
+    if blocked := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
+        return f"it names {blocked[1]}, which could do harm"        # torch advises to load it nevertheless
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 

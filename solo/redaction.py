@@ -15,14 +15,14 @@ def remember(value: str, variable: str) -> None:
         _from_environment[value] = "${oc.env:" + variable + "}"
 
 
-def redacted(content: Any) -> Any:
-    """Plain values without secrets: a text under a key that is called like one is hidden, and a text out of the environment
-    becomes the ``${oc.env:...}`` it was written as."""
+def redacted(content: Any, environment: bool = True) -> Any:
+    """Plain values without secrets: a text under a key that is called like one is hidden, and, where asked for, a text out of
+    the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
     if isinstance(content, dict):
-        return {key: HIDDEN if _hides(key, value) else redacted(value) for key, value in content.items()}
+        return {key: HIDDEN if _hides(key, value) else redacted(value, environment) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [redacted(value) for value in content]
-    return _renamed(content) if isinstance(content, str) else content
+        return [redacted(value, environment) for value in content]
+    return _renamed(content) if environment and isinstance(content, str) else content
 
 
 def _hides(key: Any, value: Any) -> bool:

@@ -41,7 +41,6 @@ from solo.files import write_file
 from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
-from solo.redaction import redacted
 from solo.start import alike, begin
 from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
@@ -171,7 +170,7 @@ def _rank() -> int:
 def _write_config(config: Experiment, run_dir: Path) -> None:
     if _rank() == 0:
         try:
-            write_file(run_dir / "config.json", json.dumps(redacted(config.to_json()), indent=1).encode())
+            write_file(run_dir / "config.json", json.dumps(config.record(), indent=1).encode())
         except OSError as error:
             raise EnvironmentFault(f"checkpoint.dir={config.checkpoint.dir} cannot be written: {error.strerror}") from error
 
@@ -195,7 +194,7 @@ def _trainer(
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = Strategy()
     classes = data.spec.classes
-    provenance = {"version": library_version(), "method": config.method, "config": redacted(config.to_json())}
+    provenance = {"version": library_version(), "method": config.method, "config": config.record()}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)

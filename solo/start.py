@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from solo import checkpoint
+from solo import checkpoint, continuing
 from solo.console import say
 from solo.dist import end_together, gather_text, rank
 from solo.errors import ConfigError, EnvironmentFault, SoloError
@@ -90,7 +90,9 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
-    complete = _complete(content, trainer, path)
+    if problem := continuing.problem(content, method, trainer):
+        raise ConfigError(f"{path} cannot be continued: {problem}")
+    complete = _complete(content, trainer)
     if config.checkpoint.enabled and not complete:
         _check_room(run_dir, method, path)
     own = path.resolve().parent.parent == run_dir.resolve()
@@ -99,6 +101,10 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         f"step {content['global_step']})")
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
+    then, now = flat(provenance["config"]).get("optimizer.batch_size"), config.optimizer.batch_size
+    if then not in (now, None):
+        say(f"note: each process takes {now} images of a step, it took {then} when this checkpoint was saved: the steps are of "
+            "the same images, but statistics of BatchNorm and random numbers of networks are each process's own")
     return str(path), path.stat().st_size, complete
 
 
@@ -176,12 +182,9 @@ def _step(path: Path) -> int:
     return int(checkpoint.read(path)["global_step"])
 
 
-def _complete(content: dict[str, Any], trainer: pl.Trainer, path: Path) -> bool:
-    try:
-        done = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} holds weights but no state of a training run to continue") from error
-    return done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0
+def _complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
+    done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+    return bool(done >= (trainer.max_epochs or 0) > 0 or content["global_step"] >= trainer.max_steps > 0)
 
 
 def _wait_for(path: Path, size: int) -> None:

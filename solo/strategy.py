@@ -17,10 +17,11 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from solo.errors import EnvironmentFault
-from solo.peers import set_timeout
+from solo.peers import set_timeout, turn_of_first
 
 MEETING = 60.0      # seconds that processes have to find each other
 AGREEING = 300.0    # seconds that they have to agree on where to begin, which one of them reads from a file system
+SAVING = 3600.0     # seconds that the others wait for a save; after them the timeout of a collective counts
 GRACE = 8.0         # seconds that the first process has to notice and to say that another one was killed
 SPOKEN = 3.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
 
@@ -33,6 +34,13 @@ class Strategy(DDPStrategy):
         silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         quiet: dict[str, Any] = {silent: False}
         super().__init__(find_unused_parameters=False, timeout=timedelta(seconds=MEETING), **quiet)
+        self._saves = 0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Rank 0 writes, the others wait outside of a collective: a file system may take longer than a step."""
+        self._saves += 1
+        with turn_of_first(f"save {self._saves}", SAVING):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()

@@ -204,49 +204,44 @@ def content_of(write):
     return buffer.getvalue()
 
 
-@defect(kill=16, says="unreadable")
-def checkpoint_saved_to_its_final_name():
+def written_by(of_checkpoint, of_manifest=None):
+    """Other ways to write the two kinds of files: a checkpoint comes as a function that writes it, a manifest as bytes."""
     written = checkpoint.write_file
 
-    def write(path, write):
-        if isinstance(write, bytes):
-            return written(path, write)
+    def write(path, content):
+        other = of_manifest if isinstance(content, bytes) else of_checkpoint
+        if other is None:
+            return written(path, content)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            write(file)
+        other(Path(path), content)
         return checkpoint.digest(path)
 
     checkpoint.write_file = write
+
+
+@defect(kill=16, says="unreadable")
+def checkpoint_saved_to_its_final_name():
+    def straight(path, write):
+        with path.open("wb") as file:
+            write(file)
+
+    written_by(straight)
 
 
 @defect(kill=13, says="unreadable")
 def manifest_written_in_place():
-    def write(path, write):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(write, bytes):
-            in_halves(path, write)
-        else:
-            Path(path).write_bytes(content_of(write))
-        return checkpoint.digest(path)
-
-    checkpoint.write_file = write
+    written_by(lambda path, write: path.write_bytes(content_of(write)), in_halves)
 
 
 @defect(kill=19, says="unreadable")
 def temporary_file_elsewhere_and_copied():
-    written = checkpoint.write_file
-
-    def write(path, write):
-        if isinstance(write, bytes):
-            return written(path, write)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    def copied(path, write):
         with tempfile.NamedTemporaryFile() as file:
             write(file)
             file.flush()
             in_halves(path, Path(file.name).read_bytes())
-        return checkpoint.digest(path)
 
-    checkpoint.write_file = write
+    written_by(copied)
 
 
 @defect(kill=26, says="unreadable")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from solo import checkpoint, files
-from solo.errors import ConfigError, NumericsError
+from solo.errors import ConfigError, EnvironmentFault, NumericsError
 
 
 def content(step=1, value=1.0):
@@ -252,3 +252,23 @@ def test_a_run_is_found_by_file_directory_and_name(tmp_path):
         checkpoint.resolve(tmp_path / "quick")
     with pytest.raises(ConfigError, match="does not exist"):
         checkpoint.resolve(tmp_path / "slow")
+
+
+def test_a_file_system_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    """The manifest is not set aside, a save can be tried again, and who only reads gets one line."""
+    path = tmp_path / "step-000000001.ckpt"
+    checkpoint.save(content(1), path)
+    before = (tmp_path / checkpoint.MANIFEST).read_bytes()
+
+    def silent(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "read_json", silent)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.save(content(2), tmp_path / "step-000000002.ckpt")
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.repair(tmp_path)
+    for look in (lambda: checkpoint.read(path), lambda: checkpoint.newest(tmp_path)):
+        with pytest.raises(EnvironmentFault, match="cannot be read: Input/output error"):
+            look()
+    assert (tmp_path / checkpoint.MANIFEST).read_bytes() == before and not list(tmp_path.glob("*.corrupt"))

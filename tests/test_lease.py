@@ -85,6 +85,33 @@ def test_the_owner_gives_signs_of_life_and_leaves_alone_what_was_taken(tmp_path,
     assert os.readlink(link(folder)) == "elsewhere-7"
 
 
+def test_the_heart_goes_on_when_the_file_system_did_not_answer(tmp_path, monkeypatch):
+    """A heart that stopped at the first error would let another host take the folder of a run that lives."""
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    utime, readlink, failures = os.utime, os.readlink, [5] * 4 + [116] * 4      # EIO, ESTALE
+
+    def failing(call):
+        def act(*arguments, **more):
+            if failures and str(arguments[0]).endswith(".lease"):
+                raise OSError(failures.pop(), "no answer")
+            return call(*arguments, **more)
+
+        return act
+
+    folder = tmp_path / "run"
+    with owning(folder):
+        monkeypatch.setattr(os, "utime", failing(utime))
+        monkeypatch.setattr(os, "readlink", failing(readlink))
+        deadline = time.monotonic() + 10
+        while failures and time.monotonic() < deadline:
+            time.sleep(0.01)
+        utime(link(folder), (1e9, 1e9), follow_symlinks=False)
+        while link(folder).lstat().st_mtime < 1e9 + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - link(folder).lstat().st_mtime < 60 and not failures
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
     content = values("all4one", tmp_path, max_epochs=1, method_kwargs={"proj_hidden_dim": 512})
     run_dir = experiment(content).run_dir(8)

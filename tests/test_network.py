@@ -26,7 +26,17 @@ def test_what_leaves_this_machine_fails(attempt):
 
 
 def test_what_stays_does_not():
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-    threading.Thread(target=server.handle_request, daemon=True).start()
-    reach("localhost", server.server_port)
-    server.server_close()
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"here")
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.handle_request, daemon=True)
+        thread.start()
+        assert urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/", timeout=5).read() == b"here"
+        thread.join()

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SCRIPT = """
 import os, signal, sys, time
 import pytorch_lightning as pl
+import solo.checkpoint
 import solo.strategy
 from solo.console import quiet_libraries
 from solo.dist import rank
@@ -31,6 +32,11 @@ from solo.testing import tiny
 fault, where = sys.argv[1], int(sys.argv[2])
 
 class Fault(pl.Callback):
+    def on_train_start(self, trainer, module):
+        if fault == "slow save" and rank() == 0:
+            save, late = solo.checkpoint.save, iter([12.0])
+            solo.checkpoint.save = lambda *a, **b: (time.sleep(next(late, 0)), save(*a, **b))
+
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 6 and rank() != where and fault == "kill the other":
             time.sleep(600)                 # not in a collective, where it would notice
@@ -130,12 +136,20 @@ def test_a_process_that_stalls(tmp_path, where):
 def test_nan_on_one_rank_stops_both_before_the_update(tmp_path):
     code, lines, took = fail(tmp_path, "nan", 1)
     assert code == 4 and took < 10 and len(lines) == 1, (code, lines, took)
-    assert "non-finite loss at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
+    assert "non-finite loss of NNCLR at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
     last(tmp_path)
     kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
     assert [each["step"] for each in kept] == [7, 7] and "views[0]" in kept[1]["not_finite"]
     assert "views[0]" not in kept[0]["not_finite"]
-    assert len({*kept[0]["indices"], *kept[1]["indices"]}) == 16
+    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
+
+
+def test_a_save_may_take_longer_than_a_step(tmp_path):
+    """12 s where collectives fail after 8."""
+    code, _, lines = start(tmp_path, "slow save", 0)
+    assert (code, lines) == (0, [])
+    (path,) = tmp_path.glob("runs/*/last.ckpt")
+    assert checkpoint.read(path)["global_step"] == 8
 
 
 def test_ranks_of_different_seeds_do_not_start(tmp_path):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import yaml
 
 from solo import checkpoint, config, loggers, redaction
+from solo.errors import ConfigError
 from solo.eval.offline import evaluate_knn
 from solo.experiment import experiment
 from solo.redaction import HIDDEN, redacted
@@ -61,6 +63,33 @@ def test_a_run_goes_on_where_secrets_were_hidden(load, caplog):
     assert again.run_dir != first.run_dir or "was" not in caplog.text
     pretrain(load())
     assert "nothing to train" in caplog.text and "note:" not in caplog.text
+
+
+def test_words_of_the_schema_stay_so_that_a_checkpoint_says_what_it_holds(tmp_path, monkeypatch):
+    """Also where another key took the same word out of the environment."""
+    monkeypatch.setattr(redaction, "_from_environment", {})
+    for variable, value in {"ARCH": "resnet18", "MODE": "auto", "PLACE": str(tmp_path), "METHOD": "nnclr"}.items():
+        monkeypatch.setenv(variable, value)
+    content = values("nnclr", "${oc.env:PLACE}/runs", max_epochs=1, loggers=[])
+    content |= {"method": "${oc.env:METHOD}", "resume": "${oc.env:MODE}", "extra": {"mine": "${oc.env:ARCH}"}}
+    content["backbone"]["name"] = "${oc.env:ARCH}"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    bound = experiment(config.load(tmp_path / "tiny.yaml"))
+    result = pretrain(bound)
+    kept = json.loads((result.run_dir / "config.json").read_text())
+    assert kept["backbone"] == bound.to_json()["backbone"] and (kept["method"], kept["data"]["kernel"]) == ("nnclr", "auto")
+    assert kept["extra"]["mine"] == "${oc.env:ARCH}" and kept["checkpoint"]["dir"] == "${oc.env:PLACE}/runs"
+    experiment(kept)
+    bound.backbone.kwargs = {"hf_token": WRITTEN}
+    assert bound.record()["backbone"]["kwargs"] == {"hf_token": HIDDEN}
+    redaction._from_environment.clear()
+    assert evaluate_knn({"checkpoint": str(result.checkpoint), "k": [1]})
+    with pytest.raises(ConfigError, match=r"names data.val_path=\$\{oc.env:PLACE\}/val only .*: give data.val_path="):
+        state = torch.load(result.checkpoint, weights_only=True)
+        facts = json.loads(state["solo"])
+        facts["config"]["data"]["val_path"] = "${oc.env:PLACE}/val"
+        torch.save({**state, "solo": json.dumps(facts)}, tmp_path / "x.ckpt")
+        evaluate_knn({"checkpoint": str(tmp_path / "x.ckpt"), "k": [1]})
 
 
 def test_short_texts_are_not_looked_for_inside_others(monkeypatch):

@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 
 from solo import checkpoint, start
 from solo.errors import ConfigError, EnvironmentFault
@@ -67,7 +68,9 @@ def decided(rank, content, refuse):
     if rank == 1:
         checkpoint.newest = lambda folder: None
     strategy = SimpleNamespace(root_device="cpu")
-    trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1)
+    real = pl.Trainer(logger=False, enable_checkpointing=False)
+    trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1, callbacks=[],
+                              fit_loop=real.fit_loop, precision_plugin=real.precision_plugin)
     if refuse:
         config.resume = "nowhere.ckpt"
     try:

@@ -81,14 +81,55 @@ def test_a_signal_to_either_ends_both_and_the_same_command_continues(whole, tmp_
     os.kill(running.pid if target == "parent" else second, signal.SIGTERM)
     _, err = finished(running, 128 + signal.SIGTERM)
     assert len(err) == 1 and "SIGTERM at epoch 2" in err[0] and "run the same command to continue" in err[0], err
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{second}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{second}").exists()
+    gone(second)
+    continues(whole, tmp_path)
 
-    out, err = finished(start(tmp_path), 0)
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second process in /proc")
+def test_killed_in_the_middle_of_an_epoch_the_same_command_continues(whole, tmp_path):
+    """Both at once, as a lost node would, some steps behind the newest of the checkpoints of every step."""
+    running = start(tmp_path, "checkpoint.minutes=0")
+    deadline = time.monotonic() + 300
+    while len(saved := sorted(tmp_path.glob("runs/*/checkpoints/step-*.ckpt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (second,) = children(running)
+    for pid in (running.pid, second):
+        os.kill(pid, signal.SIGKILL)
+    finished(running, -signal.SIGKILL)
+    gone(second)
+    assert int(saved[-1].stem.removeprefix("step-")) % 32
+    continues(whole, tmp_path)
+
+
+def gone(pid):
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def continues(whole, folder):
+    """The same command again leads to the bits of the run that nobody interrupts."""
+    out, err = finished(start(folder), 0)
     assert sum("run directory" in line and "continuing step-" in line for line in out) == 1 and not err
     *_, final = whole
-    resumed = checkpoint.read(next(tmp_path.glob("runs/*/last.ckpt")))
+    resumed = checkpoint.read(next(folder.glob("runs/*/last.ckpt")))
     assert all(torch.equal(resumed["state_dict"][key], value) for key, value in final["state_dict"].items())
     assert str(resumed["optimizer_states"]) == str(final["optimizer_states"])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_images_and_says_what_changes(tmp_path):
+    """One process, then two, then one; the images of a step and the place in the data are the same by construction."""
+    seen, arguments = set(), []
+    for epoch, (devices, before) in enumerate([(1, None), (2, 1), (1, 2)], start=1):
+        sizes = [f"devices={devices}", f"optimizer.batch_size={16 // devices}", f"max_epochs={epoch}", "data.train_size=128"]
+        out, err = finished(start(tmp_path, *sizes, "report.enabled=false", *arguments), 0)
+        notes = [line for line in out if line.startswith("note: each process")]
+        assert len(notes) == (before is not None) and not err
+        assert not before or f"takes {16 // devices} images of a step, it took {16 // before} when" in notes[0]
+        (folder,) = {path.parent for path in tmp_path.glob("runs/*/last.ckpt")} - seen
+        seen.add(folder)
+        final = checkpoint.read(folder / "last.ckpt")
+        assert final["global_step"] == 8 * epoch
+        assert final["DataModule"] == {"epoch": epoch, "batch": 0, "global_batch": 16, "images": 128, "seed": 5}
+        arguments = [f"resume={folder}"]

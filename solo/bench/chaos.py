@@ -5,7 +5,6 @@ and starts the same call again. Every step's loss is compared with the uninterru
 killed process left is read after each kill, and an observer looks at the checkpoints all the while.
 """
 
-import argparse
 import mmap
 import os
 import random
@@ -20,7 +19,7 @@ from typing import Any
 from solo import files
 from solo.bench.leftovers import entries
 from solo.bench.ordeal import Ordeal, reference
-from solo.errors import SoloError
+from solo.errors import ConfigError, Parser, SoloError
 from solo.testing import tiny
 
 
@@ -133,10 +132,12 @@ def campaign(kills: int, seed: int, folder: Path, width: int = 800) -> Tally:
 
 def main(argv: list[str]) -> None:
     """``python -m solo.bench chaos [--kills N] [--seed N]``: the exit code is 1 when anything was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m solo.bench chaos", description=__doc__)
+    parser = Parser(prog="python -m solo.bench chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    if arguments.kills < 1:
+        raise ConfigError(f"--kills must be at least 1, got {arguments.kills}")
     with tempfile.TemporaryDirectory(prefix="solo-chaos-") as folder:
         tally = campaign(arguments.kills, arguments.seed, Path(folder))
     print(tally)

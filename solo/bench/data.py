@@ -28,7 +28,7 @@ from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.loaders import Order, Position, TrainLoader
 from solo.data.module import DataModule
 from solo.data.sources import ArraySource
-from solo.errors import ConfigError, NumericsError
+from solo.errors import ConfigError, NumericsError, Parser
 from solo.experiment import Experiment, experiment
 
 RECIPES = {
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m solo.bench data", description=__doc__)
+    parser = Parser("python -m solo.bench data", description=__doc__)
     parser.add_argument("--recipe", default="cifar-asym", help=f"{', '.join(RECIPES)}, or a pretraining YAML file")
     parser.add_argument("--stage", choices=large.STAGES, help="of images above 64 px: only this; default: each")
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each way, in turn")
@@ -77,7 +77,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def _experiment(arguments: argparse.Namespace) -> Experiment:
     path, *more = RECIPES.get(arguments.recipe, (arguments.recipe,))
     if not Path(path).is_file():
-        raise ConfigError(f"--recipe {arguments.recipe} is neither one of {', '.join(RECIPES)} nor a file")
+        raise ConfigError(f"--recipe {arguments.recipe} is neither a file nor, in this repository's folder, one of "
+                          f"{', '.join(RECIPES)}")
     return experiment(load(path, [*more, *arguments.overrides]))
 
 

@@ -16,7 +16,7 @@ from solo.bench import kernel
 from solo.bench.device import clocks
 from solo.bench.epochs import board, speed
 from solo.bench.measure import Row, provenance, table, write
-from solo.errors import ConfigError
+from solo.errors import ConfigError, Parser
 
 METHODS = ("nnclr", "all4one", "sce")
 _TOO_SHORT = 20             # epochs of a schedule that is not worth its row
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m solo.bench gpu", description=__doc__)
+    parser = Parser("python -m solo.bench gpu", description=__doc__)
     kernel.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one .npz of encoded images (data.dataset=npz)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")

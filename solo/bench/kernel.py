@@ -13,7 +13,7 @@ from torch import Tensor
 from solo.bench.baselines import similarity as plain
 from solo.bench.device import SETS, Work, clocks, compare, peak, seconds
 from solo.bench.measure import RESULTS, Row, row, table, write
-from solo.errors import ConfigError, EnvironmentFault
+from solo.errors import ConfigError, EnvironmentFault, Parser
 from solo.kernels import neighbours
 from solo.losses import sce_loss_func, simclr_loss_func
 
@@ -40,7 +40,7 @@ TINY = Scale(16, 32, 8, 256, 384, 64, 1 << 16, 2, 2, False)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m solo.bench kernel", description=__doc__)
+    parser = Parser("python -m solo.bench kernel", description=__doc__)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     device, scale, path = settled(arguments)

@@ -16,7 +16,7 @@ from torch import Tensor
 from solo.bench.baselines import losses as peers
 from solo.bench.measure import Comparison, Row, alternate, rate, row, table, write
 from solo.bench.memory import peak_bytes
-from solo.errors import ConfigError, SoloError
+from solo.errors import ConfigError, Parser, SoloError
 from solo.kernels import neighbours, wants_shadow
 from solo.losses import barlow_loss_func, sce_loss_func, simclr_loss_func, vicreg_loss_func
 from solo.testing import run_ranks
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m solo.bench loss", description=__doc__)
+    parser = Parser("python -m solo.bench loss", description=__doc__)
     parser.add_argument("--only", default=",".join(MEASUREMENTS), help="e.g. L1,L4")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each way, in turn")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")

@@ -29,7 +29,7 @@ from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
 from solo.bench.measure import Row, alternate, rate, row, table, write
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
-from solo.errors import ConfigError
+from solo.errors import ConfigError, Parser
 from solo.methods import METHODS, Method
 from solo.testing.ranks import run_ranks
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m solo.bench step", description=__doc__)
+    parser = Parser("python -m solo.bench step", description=__doc__)
     parser.add_argument("--count", action="store_true", help="count instead of timing")
     parser.add_argument("--overhead", action="store_true", help="time the Python around a step")
     parser.add_argument("--method", action="append", help=f"time whole steps: {', '.join(METHODS_MEASURED)}")

@@ -1,14 +1,13 @@
 """``python -m solo.bench train``: a recipe end to end, data and callbacks included, the first epoch left out (wall time)."""
 
-import argparse
 
 from solo.bench.epochs import RECIPES, speed
 from solo.bench.measure import table, write
-from solo.errors import ConfigError
+from solo.errors import ConfigError, Parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m solo.bench train", description=__doc__)
+    parser = Parser("python -m solo.bench train", description=__doc__)
     parser.add_argument("--method", default="nnclr", help="whose CIFAR recipe")
     parser.add_argument("--epochs", type=int, default=3, help="of the run, at least 2")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from solo.batch import Batch
+from solo.callbacks.failed import not_finite
 from solo.callbacks.signs import WORDS, Motion, effective_rank, feature_std, jump, of_modules
 from solo.dist import all_reduce, end_together, rank, world_size
 from solo.errors import NumericsError
@@ -58,10 +59,14 @@ class FiniteGuard(Callback):
     """Ends a run on all ranks at the first non-finite loss or gradient, before its weights change.
 
     Raises:
-        NumericsError: naming the step, counted from 1 as the loggers count.
+        NumericsError: naming method, step (counted from 1 as the loggers count), rate and tensors; these are rank 0's.
     """
 
     _bad: Tensor | None = None
+    _batch: Any = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss.detach())
@@ -77,11 +82,15 @@ class FiniteGuard(Callback):
         found = all_reduce(torch.stack([loss_bad, gradient_bad]).float()).tolist()  # the one host sync of a step
         if any(found):
             what, step = "loss" if found[0] else "gradient", trainer.global_step
+            names = not_finite(self._batch, pl_module)
+            tensors = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             end_together(NumericsError(
-                f"non-finite {what} at step {step + 1} (epoch {trainer.current_epoch + 1}): "
+                f"non-finite {what} of {type(pl_module).__name__} at step {step + 1} (epoch {trainer.current_epoch + 1}, "
+                f"lr {optimizer.param_groups[0]['lr']:.3g}; not finite: {tensors or 'the loss alone'}): "
                 f"stopped before the update, so the weights are those of step {step}; "
                 "lower optimizer.lr, lengthen scheduler.warmup_epochs, or set precision=32-true"
             ))
+        self._batch = None
 
 
 _WINDOW = 100       # batches that a loss is compared with
@@ -126,12 +135,12 @@ class Health(FiniteGuard):
                   if name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1}
         losses["loss"] = losses["loss"] * trainer.accumulate_grad_batches
         moved = self._motion.of(pl_module)
-        values = [*self.step_scalars.values(), *moved.values(), *losses.values(), *self._losses]
-        means = (all_reduce(torch.stack(values)) / world_size()).tolist()                           # the one host sync
-        facts = dict(zip([*self.step_scalars, *moved], means, strict=False))
-        self._judge(facts, full_rank=min(feats.shape), early=step < self._half)
-        self._judge_losses(dict(zip(losses, means[len(facts) :], strict=False)), pl_module, batch)
-        self._judge_jump(means[-len(self._losses) :], trainer)
+        measured = {**self.step_scalars, **moved}
+        values = torch.stack([*measured.values(), *losses.values(), *self._losses])
+        means = iter((all_reduce(values) / world_size()).tolist())                                  # the one host sync
+        self._judge({name: next(means) for name in measured}, full_rank=min(feats.shape), early=step < self._half)
+        self._judge_losses({name: next(means) for name in losses}, pl_module, batch)
+        self._judge_jump(list(means), trainer)
 
     def _judge(self, facts: dict[str, float], full_rank: int, early: bool) -> None:
         """Signs of features and weights; at the end of a run rates and 1 - tau go to 0, and all stands still."""

@@ -13,7 +13,7 @@ from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.duplicates import FLAT, contrast, equal_groups, similar_groups
 from solo.data.scan import scan as look_at
-from solo.errors import ConfigError, DataError, EnvironmentFault, reported
+from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 
 _SMALL, _LONG = 8, 8  # shorter side in pixels; longer side over the shorter one
 _BY_SUFFIX = {".npz": "npz", ".tar": "tar"}
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m solo.data.check", description=__doc__)
+    parser = Parser("python -m solo.data.check", description=__doc__)
     parser.add_argument("path", nargs="?", metavar="PATH", help="as data.train_path: a folder, a .npz or a .tar file")
     parser.add_argument("--val", metavar="PATH", help="as data.val_path; default: what data.dataset finds by itself")
     parser.add_argument("--dataset", metavar="NAME", help="as data.dataset; default: by the kind of PATH")

@@ -175,7 +175,10 @@ class DataModule(pl.LightningDataModule):
         return {**position._asdict(), **self._order_words()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Raises `ConfigError` when the saved position belongs to another order of images."""
+        """Raises `ConfigError` when the saved position is none, or belongs to another order of images."""
+        wrong = [key for key in self.state_dict() if type(state_dict.get(key)) is not int or state_dict[key] < 0]
+        if wrong:
+            raise ConfigError(f"the checkpoint's place in the data is damaged: its {wrong[0]} is {state_dict.get(wrong[0])!r}")
         keys = {"global_batch": "optimizer.batch_size x devices", "images": "the number of training images", "seed": "seed"}
         changed = [
             f"{keys[key]} is {now}, it was {state_dict[key]} when the checkpoint was saved: the epoch cannot be continued"

@@ -27,7 +27,11 @@ def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
         raise ConfigError(f"data.dataset is missing: {source.path} does not say which images to evaluate on")
     default = DataConfig().dataset
     same = overrides.get("dataset", own.get("dataset", default)) == own.get("dataset", default)
-    return bind(DataConfig, {**(own if same else {}), **overrides}, "data")
+    merged = {**(own if same else {}), **overrides}
+    for key in sorted(set(merged) - set(overrides)):
+        if "${oc.env:" in str(merged[key]):
+            raise ConfigError(f"{source.path} names data.{key}={merged[key]} only by where it came from: give data.{key}=...")
+    return bind(DataConfig, merged, "data")
 
 
 def data_module(

@@ -44,15 +44,21 @@ def record(directory: Path, section: str, content: Any) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.json"
     try:
-        results = read_json(path)
-    except (FileNotFoundError, ValueError):
-        results = {}
-    results = results if isinstance(results, dict) else {}
-    write_file(path, json.dumps({**results, section: redacted(content)}, indent=2).encode())
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            results = read_json(path)
+        except (FileNotFoundError, ValueError):
+            results = {}
+        results = results if isinstance(results, dict) else {}
+        write_file(path, json.dumps({**results, section: redacted(content)}, indent=2).encode())
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}; output=FOLDER writes elsewhere") from error
     return path
 
 

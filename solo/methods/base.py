@@ -83,6 +83,11 @@ class Method(pl.LightningModule):
         """Options per submodule, see `solo.optim.parameter_groups`."""
         return {}
 
+    def parameter_groups(self, lr: float = 0.0) -> list[dict[str, Any]]:
+        """What the optimizer trains, at the rate ``lr``, in groups that are named after submodules."""
+        config = self.optimizer_config
+        return optim.parameter_groups(self, lr, config.weight_decay, self.param_options(), config.exclude_bias_n_norm_wd)
+
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, dim] of images."""
         return self.backbone(x)
@@ -149,7 +154,7 @@ class Method(pl.LightningModule):
         lr = optim.scaled_lr(config.lr, global_batch)
         say(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
                        f"{self.trainer.world_size} processes x {accumulated} accumulated)")
-        groups = optim.parameter_groups(self, lr, config.weight_decay, self.param_options(), config.exclude_bias_n_norm_wd)
+        groups = self.parameter_groups(lr)
         self._group_options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return optim.build(config, groups)
 

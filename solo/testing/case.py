@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from solo import checkpoint
 from solo.batch import Batch
 from solo.data.module import DataModule
-from solo.experiment import Experiment, experiment
+from solo.experiment import Experiment, experiment, schema_of
 from solo.methods import METHODS, Method
 from solo.run import build, pretrain
 
@@ -34,7 +34,7 @@ def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
         changes: top-level keys; blocks are merged.
     """
     kind = METHODS[method]
-    known = {field.name for field in dataclasses.fields(kind.Config) if field.default is not None}
+    known = {field.name for field in dataclasses.fields(schema_of(method)) if field.default is not None}
     content: dict[str, Any] = {
         "method": method,
         "method_kwargs": {key: value for key, value in SIZES.items() if key in known},

@@ -12,15 +12,16 @@ from solo.testing import tiny
 
 
 class At(pl.Callback):
-    """Does something to the batch of step 4."""
+    """Does something to the first batch of step 4."""
 
     def __init__(self, act):
-        self.act = act
+        self.act, self.indices = act, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 3:
-            self.indices = batch.index.tolist()
-            self.act(batch)
+            self.indices.append(batch.index.tolist())
+            if len(self.indices) == 1:
+                self.act(batch)
 
 
 def spoil(batch):
@@ -31,20 +32,34 @@ def refuse(batch):
     raise ConfigError("something else")
 
 
-def run(folder, callback):
-    pretrain(experiment(tiny("nnclr", folder, max_epochs=1, loggers=[], probe={"enabled": False})), [callback])
+def run(folder, callback, **changes):
+    pretrain(experiment(tiny("nnclr", folder, max_epochs=1, loggers=[], probe={"enabled": False}, **changes)), [callback])
 
 
 def test_batch_numbers_and_names_are_kept(tmp_path):
     callback = At(spoil)
-    with pytest.raises(NumericsError):
+    with pytest.raises(NumericsError) as caught:
         run(tmp_path, callback)
     (path,) = tmp_path.glob("*/failed_step.json")
     kept = json.loads(path.read_text())
-    assert (kept["method"], kept["step"], kept["indices"]) == ("nnclr", 4, callback.indices)
-    assert kept["random"] == {"seed": 5, "rank": 0, "epoch": 0, "batch": 3} and kept["lr"] > 0
+    assert (kept["method"], kept["step"]) == ("nnclr", 4)
+    assert kept["batches"] == [{"batch": 3, "indices": callback.indices[0]}]
+    assert kept["random"] == {"seed": 5, "rank": 0, "epoch": 0} and kept["lr"] > 0
     assert kept["not_finite"][0] == "views[1]" and "predictor.0.weight.grad" in kept["not_finite"]
     assert "predictor.0.weight" not in kept["not_finite"] and "views[0]" not in kept["not_finite"]
+
+
+    said = "of NNCLR at step 4 (epoch 1, lr 0.0134; not finite: views[1], backbone."
+    assert said in str(caught.value) and f" and {len(kept['not_finite']) - 3} more)" in str(caught.value)
+
+
+def test_every_batch_of_an_accumulated_step_is_kept(tmp_path):
+    callback = At(spoil)
+    with pytest.raises(NumericsError):
+        run(tmp_path, callback, accumulate_grad_batches=2)
+    (path,) = tmp_path.glob("*/failed_step.json")
+    first, second = callback.indices
+    assert json.loads(path.read_text())["batches"] == [{"batch": 6, "indices": first}, {"batch": 7, "indices": second}]
 
 
 def test_other_ends_leave_none(tmp_path):

@@ -50,13 +50,18 @@ def test_an_overflow_now_and_then_does_not():
     assert run(([True] + [False] * 99) * 15) is None
 
 
-def test_a_scale_that_recovers_is_counted_anew():
+@pytest.mark.parametrize(("scales", "last"), [([1.0, 1.0, 4.0] * 7, None), ([1.0, 1.0, 4.0, 1.0, 1.0, 1.0], 6)])
+def test_a_scale_that_recovers_is_counted_anew(scales, last):
     guard, scaler = OverflowGuard(), Scaler()
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), accumulate_grad_batches=1, global_step=1)
-    for look in range(20):
-        scaler.scale = 4.0 if look % 3 == 2 else 1.0
+    ended = None
+    for look, scaler.scale in enumerate(scales, start=1):
         for batch in range(EVERY):
-            guard.on_train_batch_end(trainer, None, None, None, batch)
+            try:
+                guard.on_train_batch_end(trainer, None, None, None, batch)
+            except NumericsError:
+                ended = ended or look
+    assert ended == last
 
 
 class Overflowing(Toy):

@@ -1,0 +1,90 @@
+"""A checkpoint whose weights fit, but not the rest of its state, is refused in one line, and never taken for a fresh start."""
+
+import copy
+
+import pytest
+import torch
+
+from solo import checkpoint
+from solo.errors import ConfigError
+from solo.experiment import experiment
+from solo.run import pretrain
+from tests.tiny import values
+
+
+def content(folder, **changes):
+    return values("nnclr", folder, max_epochs=2, loggers=[], knn={"enabled": False}, **changes)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What the first of two epochs leaves."""
+    folder = tmp_path_factory.mktemp("saved")
+    return checkpoint.read(pretrain(experiment({**content(folder), "max_steps": 8})).checkpoint)
+
+
+def loops(state):
+    return state["loops"]["fit_loop"]
+
+
+def groups(state):
+    return state["optimizer_states"][0]["param_groups"]
+
+
+def momentum(state, value):
+    state["optimizer_states"][0]["state"][0]["momentum_buffer"] = value
+
+
+STEP = "epoch_loop.automatic_optimization.optim_progress"
+WRONG = {
+    "it holds weights but no state of a training run": lambda s: (s.pop("loops"), s.pop("optimizer_states")),
+    "it lacks loops": lambda s: s.pop("loops"),
+    "loops is 'x', not of type dict": lambda s: s.update(loops="x"),
+    "it lacks loops.fit_loop": lambda s: s.update(loops={}),
+    "loops.fit_loop is 'x', not of type dict": lambda s: s["loops"].update(fit_loop="x"),
+    "loops.fit_loop.epoch_loop.batch_progress is 'x'": lambda s: loops(s).update({"epoch_loop.batch_progress": "x"}),
+    "it lacks loops.fit_loop.epoch_progress.current.ready": lambda s: loops(s)["epoch_progress"]["current"].clear(),
+    "loops.fit_loop.epoch_progress.current.ready is -3": lambda s: loops(s)["epoch_progress"]["current"].update(ready=-3),
+    f"it lacks loops.fit_loop.{STEP}.optimizer": lambda s: loops(s)[STEP].clear(),
+    "it counts 8 steps in its loops, and calls itself step 9": lambda s: s.update(global_step=9),
+    "it lacks optimizer_states": lambda s: s.pop("optimizer_states"),
+    "it holds the states of 0 optimizers, not of one": lambda s: s["optimizer_states"].clear(),
+    "optimizer_states[0] is 'x', not of type dict": lambda s: s.update(optimizer_states=["x"]),
+    "it lacks optimizer_states[0].state": lambda s: s["optimizer_states"][0].pop("state"),
+    "optimizer_states[0].param_groups[1] is None": lambda s: groups(s).__setitem__(1, None),
+    "its optimizer has the groups none": lambda s: groups(s).clear(),
+    "its optimizer has the groups projector (": lambda s: groups(s).reverse() or groups(s).insert(0, groups(s).pop(1)),
+    "its optimizer has the groups backbone (1 tensors)": lambda s: groups(s)[0].update(params=[0]),
+    "optimizer_states[0].state.0.momentum_buffer is of shape [2]": lambda s: momentum(s, torch.zeros(2)),
+    "optimizer_states[0].state.0.momentum_buffer is 'x'": lambda s: momentum(s, "x"),
+    "optimizer_states[0].state.3 is [1]": lambda s: s["optimizer_states"][0]["state"].update({3: [1]}),
+    "callbacks is 'x', not of type dict": lambda s: s.update(callbacks="x"),
+    "callbacks.OnlineProbe is 3, not of type dict": lambda s: s["callbacks"].update(OnlineProbe=3),
+    "callbacks.OnlineProbe.head.weight is of shape [1]": lambda s: s["callbacks"]["OnlineProbe"].update(
+        {"head.weight": torch.ones(1)}),
+    "it lacks DataModule": lambda s: s.pop("DataModule"),
+    "place in the data is damaged: its epoch is None": lambda s: s["DataModule"].clear(),
+    "place in the data is damaged: its batch is -1": lambda s: s["DataModule"].update(batch=-1),
+    "it lacks lr_schedulers": lambda s: s.pop("lr_schedulers"),
+    "it does not name the version of pytorch-lightning": lambda s: s.update({"pytorch-lightning_version": "x"}),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_does_not_fit_is_refused_in_one_line(said, saved, tmp_path):
+    state = copy.deepcopy(saved)
+    WRONG[said](state)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError) as caught:
+        pretrain(experiment(content(tmp_path / "runs", resume=str(tmp_path / "x.ckpt"))))
+    assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
+
+
+def test_what_fits_goes_on(saved, tmp_path):
+    """Also without the probe's state, and with a state of somebody else's callback."""
+    state = copy.deepcopy(saved)
+    state["callbacks"] = {"Other": 3}
+    torch.save(state, tmp_path / "x.ckpt")
+    result = pretrain(experiment(content(tmp_path / "runs", resume=str(tmp_path / "x.ckpt"))))
+    assert checkpoint.read(result.checkpoint)["global_step"] == 16
