@@ -206,6 +206,11 @@ class Seen(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.trained: list[Batch] = []
         self.judged: list[Batch] = []
+        self.sent: list[type] = []
+
+    def on_before_batch_transfer(self, batch: Batch | Crops, dataloader_idx: int) -> Batch | Crops:
+        self.sent.append(type(batch))
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.trained.append(batch)
@@ -232,6 +237,7 @@ def test_a_trainer_and_a_loop_by_hand_see_the_same_batches(tmp_path: Path) -> No
     pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **dict.fromkeys(flags, False)).fit(model, datamodule=used)
     byhand = list(data().train_dataloader())
     assert len(model.trained) == len(byhand) == 4 and len(model.judged) >= 1
+    assert model.sent.count(Crops) == 4  # grey levels travel to the device, views are made there
     assert all(isinstance(batch, Batch) for batch in used.train_dataloader())  # also by hand after the trainer has ended
     for a, b in zip(model.trained, byhand, strict=True):
         assert isinstance(a, Batch) and torch.equal(a.views[0], b.views[0]) and torch.equal(a.index, b.index)

@@ -185,9 +185,9 @@ def edited(root: Path, change: str) -> Path:
     paths = make_folder(root, {"a": 3, "b": 3})
     first = paths[0]
     if change == "name":
-        first.rename(first.with_name("renamed.png"))
+        first.rename(first.with_name("0000a.png"))  # in the same place of the list
     elif change == "label":
-        first.rename(root / "b" / "0003.png")
+        (root / "a").rename(root / "c")
     elif change == "size":
         first.write_bytes(first.read_bytes() + b"\0")
     return root
@@ -235,3 +235,6 @@ def test_every_source_lists_its_images(tmp_path: Path) -> None:
     for make in makers:
         assert listing(make(4)) == listing(make(4)) != listing(make(3))
     assert len({listing(make(4)) for make in makers}) == len(makers)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    kinds = [(labels, ["x", "y"]), (labels + 1, ["x", "y"]), (labels, ["x", "z"])]
+    assert len({listing(ArraySource(images, *kind)) for kind in kinds}) == 3
