@@ -109,6 +109,21 @@ def test_a_file_that_comes_late_is_waited_for_but_not_for_ever(tmp_path, monkeyp
         start._wait_for(file, 5)
 
 
+def test_a_run_goes_on_with_other_images_only_where_it_is_told_to(tmp_path, said):
+    images = {"dataset": "image_folder", "train_path": str(tmp_path / "images"), "train_size": None}
+    first, *_ = make_folder(tmp_path / "images", {"a": 16, "b": 16})
+    before = values("nnclr", tmp_path / "runs", max_epochs=1, data=images)
+    said(before)
+    first.rename(first.with_name("other.png"))
+    more = {"max_epochs": 2, "resume": str(experiment(before).run_dir(8))}
+    refused = values("nnclr", tmp_path / "runs", **more, data=images)
+    accepted = values("nnclr", tmp_path / "runs", **more, data={**images, "accept_changed": True})
+    with pytest.raises(ConfigError, match="the training images have other names, labels or sizes"):
+        said(refused)
+    assert "continuing" in said(accepted)[0]
+    assert experiment(refused).run_dir(8) == experiment(accepted).run_dir(8)
+
+
 def listed_alike(rank, folder, unsorted, different):
     """What two ranks make of one folder that lists itself in another order, or with other files, to the second."""
     walk = os.walk

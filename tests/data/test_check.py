@@ -16,8 +16,7 @@ from solo.data.duplicates import dhash, equal_groups, similar_groups, thumbnail
 from solo.data.scan import scan
 from solo.data.sources import ArraySource, FolderSource
 from solo.errors import ConfigError, DataError, EnvironmentFault
-from tests.data.common import make_folder, picture
-from tests.data.test_faults import KINDS, broken
+from tests.data.common import KINDS, broken, make_folder, picture
 
 
 def scene(seed: int, height: int = 48, width: int = 64) -> Image.Image:
