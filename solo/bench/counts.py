@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -11,12 +13,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from solo.kernels import nearest
+
 # What only names, reserves or looks at memory: no kernel runs for it.
 _NO_KERNEL = {
     *("alias", "as_strided", "as_strided_", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "lift_fresh"),
     *("narrow", "new_empty", "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t"),
     *("transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view", "_local_scalar_dense", "is_pinned"),
 }
+
+
+def search_of_a_gpu() -> AbstractContextManager[Any]:
+    """Within, the neighbour search is what a GPU is given: the CPU's own, by groups, looks at numbers on its way."""
+    return patch.object(nearest, "_searched", lambda rows, queue, k, shadow: nearest._plain(rows, queue, k))
 
 
 class Operations(TorchDispatchMode):

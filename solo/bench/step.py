@@ -25,7 +25,7 @@ from solo.backbones import BackboneConfig
 from solo.batch import Batch
 from solo.batching import Mode, ViewBatching
 from solo.bench.baselines.step import LoggedAtOnce, LoopLARS, as_published
-from solo.bench.counts import Collectives, Operations, Waits
+from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
 from solo.bench.measure import Row, alternate, rate, row, table, write
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
@@ -142,13 +142,13 @@ def _weights(step: Step) -> Tensor:
 
 
 def count(method: str) -> list[Row]:
-    """S1 and S2, beside the step as published."""
+    """S1 and S2 of what a GPU without Triton is given, beside the step as published."""
     counted: dict[Mode | None, tuple[int, int]] = {}
     modes: tuple[Mode | None, ...] = (None, "separate", "concat")
     for mode in modes:
         step = Step(method, 2, mode, queue_size=16)
         step()
-        with Operations() as seen, Waits() as waits:
+        with search_of_a_gpu(), Operations() as seen, Waits() as waits:
             step()
         counted[mode] = seen.kernels, sum(waits.names.values())
     rows = []
