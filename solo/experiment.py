@@ -155,6 +155,7 @@ _NOT_LEARNED_INSIDE = (
     ("data", "cache_dir"),
     ("data", "timeout"),
     ("data", "download"),
+    ("data", "accept_changed"),
     ("data", "val_path"),
     ("optimizer", "batch_size"),
 )

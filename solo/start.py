@@ -108,17 +108,19 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     return str(path), path.stat().st_size, complete
 
 
-def alike(config: Experiment, device: torch.device | str = "cpu") -> None:
-    """Hold every rank's config, code and torch against rank 0's.
+def alike(config: Experiment, device: torch.device | str = "cpu", images: str = "") -> None:
+    """Hold every rank's config, code, torch and training images against rank 0's.
 
     Args:
         config: this process's.
         device: see `gather_text`.
+        images: `DataModule.listing`.
 
     Raises:
         ConfigError: on rank 0, naming what differs; the others leave.
     """
     facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
+    facts["the list of training images"] = images
     text = json.dumps(facts, default=str)
     digests = gather_text(hashlib.sha256(text.encode()).hexdigest(), device)
     if digests == digests[:64] * (len(digests) // 64):

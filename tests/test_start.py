@@ -1,5 +1,6 @@
 """Where a run begins: said at the start, decided by rank 0, and never behind what its directory holds."""
 
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -8,10 +9,14 @@ import pytest
 import pytorch_lightning as pl
 
 from solo import checkpoint, start
+from solo.data.config import DataConfig
+from solo.data.module import DataModule
+from solo.data.views import View
 from solo.errors import ConfigError, EnvironmentFault
 from solo.experiment import experiment
 from solo.run import build, pretrain
 from solo.testing import run_ranks
+from tests.data.common import make_folder
 from tests.tiny import values
 
 
@@ -105,6 +110,46 @@ def test_a_file_that_comes_late_is_waited_for_but_not_for_ever(tmp_path, monkeyp
     monkeypatch.setattr(start, "_PATIENCE", 0.2)
     with pytest.raises(EnvironmentFault, match="rank 0 does not see .*late.ckpt"):
         start._wait_for(file, 5)
+
+
+def test_a_run_goes_on_with_other_images_only_where_it_is_told_to(tmp_path, said):
+    images = {"dataset": "image_folder", "train_path": str(tmp_path / "images"), "train_size": None}
+    first, *_ = make_folder(tmp_path / "images", {"a": 16, "b": 16})
+    before = values("nnclr", tmp_path / "runs", max_epochs=1, data=images)
+    said(before)
+    first.rename(first.with_name("other.png"))
+    more = {"max_epochs": 2, "resume": str(experiment(before).run_dir(8))}
+    refused = values("nnclr", tmp_path / "runs", **more, data=images)
+    accepted = values("nnclr", tmp_path / "runs", **more, data={**images, "accept_changed": True})
+    with pytest.raises(ConfigError, match="the training images have other names, labels or sizes"):
+        said(refused)
+    assert "continuing" in said(accepted)[0]
+    assert experiment(refused).run_dir(8) == experiment(accepted).run_dir(8)
+
+
+def listed_alike(rank, folder, unsorted, different):
+    """What two ranks make of one folder that lists itself in another order, or with other files, to the second."""
+    walk = os.walk
+
+    def other(*arguments, **keywords):
+        for root, folders, names in walk(*arguments, **keywords):
+            yield root, folders[::-1], names[::-1] if not different else [name for name in names if name != "0001.png"]
+
+    if rank == 1 and (unsorted or different):
+        os.walk = other
+    data = DataModule(DataConfig(dataset="image_folder", train_path=str(folder)), [View(crop_size=8)], 2, seed=1)
+    try:
+        start.alike(experiment(values("nnclr", "runs")), images=data.listing)
+    except (ConfigError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+    return "alike"
+
+
+def test_ranks_that_list_other_images_stop_together(tmp_path):
+    make_folder(tmp_path, {"a": 3, "b": 3})
+    assert run_ranks(listed_alike, tmp_path, True, False) == ["alike", "alike"]
+    first, second = run_ranks(listed_alike, tmp_path, False, True)
+    assert first.startswith("ConfigError rank 1 differs: the list of training images=") and second == "SystemExit 0"
 
 
 def held_alike(rank, change, code):

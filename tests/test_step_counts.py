@@ -14,6 +14,7 @@ from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
 from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
+from solo.bench.step import count
 from solo.data.module import DataModule
 from solo.devices import settle
 from solo.dist import Later, gather, gather_packed, rank
@@ -27,7 +28,8 @@ CIFAR = {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}
 
 
 @pytest.fixture(autouse=True)
-def counted_as_on_a_gpu():
+def on_a_gpu():
+    """The counts are of what a GPU is given."""
     with search_of_a_gpu():
         yield
 
@@ -57,6 +59,12 @@ def test_operations_of_a_step(method, most):
         step()
     assert seen.kernels <= most, seen.names.most_common()
     assert not waits.names and not seen.names["aten::_local_scalar_dense"]
+
+
+def test_the_bench_counts_the_same():
+    found = {row.what: row.value for row in count("nnclr")}
+    assert found["nnclr, concat: waits of a step"] == found["nnclr, separate: waits of a step"] == 0
+    assert found["nnclr, concat: operations of a step"] <= 460 < found["nnclr, separate: operations of a step"]
 
 
 def test_a_teacher_follows_in_one_operation_and_in_place():

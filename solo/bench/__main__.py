@@ -13,10 +13,11 @@ def main(argv: list[str]) -> None:
     subject = argv[0] if argv else ""
     if subject not in SUBJECTS:
         raise ConfigError(f"python -m solo.bench takes one of {', '.join(SUBJECTS)} first, got {subject!r}")
-    import_module(f"solo.bench.{subject}").main(argv[1:])
+    module = import_module(f"solo.bench.{subject}")
+    quiet_libraries()       # after the import: Lightning sets its own level when it is imported
+    module.main(argv[1:])
 
 
 if __name__ == "__main__":
-    quiet_libraries()
     with reported():
         main(sys.argv[1:])

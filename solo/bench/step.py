@@ -142,7 +142,7 @@ def _weights(step: Step) -> Tensor:
 
 
 def count(method: str) -> list[Row]:
-    """S1 and S2, beside the step as published."""
+    """S1 and S2 of what a GPU without Triton is given, beside the step as published."""
     counted: dict[Mode | None, tuple[int, int]] = {}
     modes: tuple[Mode | None, ...] = (None, "separate", "concat")
     for mode in modes:

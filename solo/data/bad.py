@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _TRIES = 100
 _STAND_IN = 0x7375627374
+Loaded = tuple[int, np.ndarray, list[tuple[int, str]]]  # the index shown, its pixels, (index, reason) of all that failed
 
 
 def stand_in(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
@@ -28,8 +29,8 @@ def stand_in(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
     return (index + 1 + step) % n
 
 
-def load_or_replace(source: Source, seed: int, epoch: int, index: int) -> tuple[int, np.ndarray, list[tuple[int, str]]]:
-    """Image ``index`` or its stand-in: the index shown, its pixels, and (index, reason) of every image that failed.
+def load_or_replace(source: Source, seed: int, epoch: int, index: int) -> Loaded:
+    """Image ``index`` or its stand-in.
 
     Raises:
         DataError: no readable image among the stand-ins tried.

@@ -18,7 +18,7 @@ from solo.data.decoding import BadImage
 from solo.data.scan import Scan
 from solo.data.sources import Source
 
-_INK, _GRID, _COLORS = "#333333", "#e4e4e4", ("#1f6fb4", "#e07b1a")
+_INK, _GRID, _COLORS = "#333333", "#e4e4e4", {"train": "#1f6fb4", "val": "#e07b1a"}
 _SHOWN, _TILE = 15, 96  # examples in the picture; side of an image there, in pixels
 _CHARS = 32  # of a name in the picture
 _FEW = 40  # classes that get a name each
@@ -167,13 +167,13 @@ def _classes(axes: Axes, parts: list[Part]) -> None:
     else:
         _plain(axes, "Images per class" if names else "No labels")
     width = 0.8 / len(parts)
-    for number, (part, color) in enumerate(zip(parts, _COLORS, strict=False)):
+    for number, part in enumerate(parts):
         counts = [part.per_class().get(name, 0) for name in names]
         if len(names) > _FEW:
-            axes.plot(sorted(counts, reverse=True), color=color, linewidth=2, label=part.name)
+            axes.plot(sorted(counts, reverse=True), color=_COLORS[part.name], linewidth=2, label=part.name)
         else:
             middle = np.arange(len(names)) + (number - (len(parts) - 1) / 2) * width
-            axes.bar(middle, counts, width, color=color, label=part.name)
+            axes.bar(middle, counts, width, color=_COLORS[part.name], label=part.name)
     if 0 < len(names) <= _FEW:
         axes.set_xticks(range(len(names)), [name[:16] for name in names], rotation=30 if len(names) < 15 else 90, ha="right")
     if names:
@@ -185,8 +185,9 @@ def _sizes(axes: Axes, parts: list[Part]) -> None:
     kinds = [np.unique(size, axis=0, return_counts=True) for size in sizes]
     count = len(np.unique(np.concatenate(sizes), axis=0))
     _plain(axes, f"{count:,} sizes, in pixels" if count != 1 else "One size, in pixels")
-    for part, color, (size, often) in zip(parts, _COLORS, kinds, strict=False):
-        axes.scatter(size[:, 0], size[:, 1], s=16 + 16 * np.log2(often), color=color, alpha=0.5, linewidths=0, label=part.name)
+    for part, (size, often) in zip(parts, kinds, strict=True):
+        area, color = 16 + 16 * np.log2(often), _COLORS[part.name]
+        axes.scatter(size[:, 0], size[:, 1], s=area, color=color, alpha=0.5, linewidths=0, label=part.name)
     axes.set(xlabel="width", ylabel="height")
     if len(np.concatenate(sizes)):
         axes.set(xscale="log", yscale="log")
@@ -201,7 +202,7 @@ def _examples(figure: Any, parts: list[Part], found: list[Finding]) -> None:
         axes.axis("off")
     if not shown:
         grid[0, 1].set_title("Nothing to show: no image is in trouble", color=_INK)
-    for axes, (finding, group) in zip(grid.flat, shown, strict=False):
+    for axes, (finding, group) in zip(grid.flat[: len(shown)], shown, strict=True):
         places = _apart(group.places)
         axes.imshow(np.concatenate([_tile(parts, place) for place in places], axis=1))
         names = [(parts[place.part].name, _name(parts, place)) for place in places]

@@ -28,6 +28,7 @@ class DataConfig:
         train_size: number of training images to use, the first of each class in proportion; for ``fake`` its size.
         size, mean, std, in_chans: override the dataset's row (``size`` draws ``fake``; ``in_chans`` 1 reads in grey).
         classes: number of classes of ``fake``.
+        accept_changed: continue a run although its training images have other names, labels or sizes than before.
         max_bad_fraction: a larger share of unreadable images stops the run.
         timeout: seconds a worker may take for one batch before the run stops.
     """
@@ -49,6 +50,7 @@ class DataConfig:
     std: list[float] | None = None
     in_chans: int | None = None
     classes: int = 10
+    accept_changed: bool = False
     max_bad_fraction: float = 0.01
     timeout: float = 120.0
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerStatus
 from torch import Tensor
 
 from solo.batch import Batch
@@ -19,7 +21,7 @@ from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
 from solo.data.random import Draws
-from solo.data.sources import ArraySource, Source
+from solo.data.sources import ArraySource, Source, listing
 from solo.data.subsets import Subset, in_memory, probe, stratified
 from solo.data.views import View, expand, sample
 from solo.dist import rank, world_size
@@ -61,6 +63,7 @@ class DataModule(pl.LightningDataModule):
             _check_labels(source, key)
         self.spec = _spec(row, config, whole)
         self.selected = _selection(config, whole.labels, labelled)
+        self._whole = whole
         self._train = whole if len(self.selected) == len(whole) else Subset(whole, self.selected)
         self._val = val
         _check_views(self.views, self.spec)
@@ -79,6 +82,11 @@ class DataModule(pl.LightningDataModule):
     @report_dir.setter
     def report_dir(self, path: Path | None) -> None:
         self.bad.report_dir = path
+
+    @cached_property
+    def listing(self) -> str:
+        """Which training images these are: equal on all ranks, and whenever a run goes on."""
+        return listing(self._whole)
 
     @property
     def engine(self) -> str:
@@ -110,7 +118,7 @@ class DataModule(pl.LightningDataModule):
         engine = ENGINES[self.engine]
         self._close()
         order = Order(self.seed, len(self._train), self.batch_size, rank(), world)
-        self._loader = TrainLoader(engine(self.job), order, self.bad, finish_later=self.trainer is not None)
+        self._loader = TrainLoader(engine(self.job), order, self.bad, finish_later=self._trains())
         self._loader.position = self._position or self._trained()
         self._position = None
         return self._loader
@@ -169,14 +177,15 @@ class DataModule(pl.LightningDataModule):
         """Let the next `train_dataloader` begin at this batch of this epoch."""
         self._position = Position(epoch, batch)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position after the batches *trained* (not fetched), and what gives it its meaning."""
         position = self._trained() if self.trainer is not None else self._position or Position(0, 0)
-        return {**position._asdict(), **self._order_words()}
+        return {**position._asdict(), **self._order_words(), "listing": self.listing}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Raises `ConfigError` when the saved position is none, or belongs to another order of images."""
-        wrong = [key for key in self.state_dict() if type(state_dict.get(key)) is not int or state_dict[key] < 0]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises `ConfigError` when the saved position is none, or belongs to another order of images, or to other images."""
+        places = [key for key in self.state_dict() if key != "listing"]
+        wrong = [key for key in places if type(state_dict.get(key)) is not int or state_dict[key] < 0]
         if wrong:
             raise ConfigError(f"the checkpoint's place in the data is damaged: its {wrong[0]} is {state_dict.get(wrong[0])!r}")
         keys = {"global_batch": "optimizer.batch_size x devices", "images": "the number of training images", "seed": "seed"}
@@ -187,6 +196,11 @@ class DataModule(pl.LightningDataModule):
         ]
         if changed:
             raise ConfigError("\n".join(changed))
+        if state_dict.get("listing", self.listing) != self.listing:
+            what = "the training images have other names, labels or sizes than when the checkpoint was saved"
+            if not self.config.accept_changed:
+                raise ConfigError(f"{what}: data.accept_changed=true goes on with them, resume=never starts anew")
+            warn(f"{what}; data.accept_changed=true goes on with them")
         self.set_position(state_dict["epoch"], state_dict["batch"])
 
     def teardown(self, stage: str) -> None:
@@ -199,6 +213,10 @@ class DataModule(pl.LightningDataModule):
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+
+    def _trains(self) -> bool:
+        """Whether a trainer asks, which hands each batch on to `on_after_batch_transfer`."""
+        return self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
 
     def _order_words(self) -> dict[str, int]:
         return {"global_batch": self.batch_size * world_size(), "images": len(self._train), "seed": self.seed}

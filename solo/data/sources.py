@@ -14,6 +14,7 @@ from solo.data.decoding import BadImage, decode, read_file
 from solo.data.random import integers
 from solo.errors import ConfigError
 
+_SIZED = 4096  # files of a folder whose sizes are asked for, evenly spread: a network may take a millisecond for each
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 
 
@@ -21,7 +22,8 @@ class Source(Protocol):
     """Images by number.
 
     A source that is slow to decode may have a method ``fingerprint() -> str``: another text whenever an image is another.
-    `solo.data.cache` then keeps small images in their decoded form. One of encoded images has ``encoded(i) -> bytes``.
+    `solo.data.cache` then keeps small images in their decoded form. One of encoded images has ``encoded(i) -> bytes``;
+    one of named ones ``listing() -> object``, whose text tells their names and sizes, wherever they lie.
 
     Attributes:
         labels: [N] int64, -1 where there is none.
@@ -57,6 +59,20 @@ def stamp(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
+def listing(source: Source) -> str:
+    """A short name for which images a source holds: how many, their names, labels and sizes."""
+    own: object = getattr(source, "listing", lambda: None)()
+    return digest(len(source), source.classes, np.asarray(source.labels, dtype=np.int64).tobytes(), own)
+
+
+def _size(path: Path) -> int:
+    """Bytes, or -1 where nobody can tell."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 class ArraySource:
     """Images of one size in memory.
 
@@ -90,6 +106,9 @@ class ArraySource:
 
     def name(self, i: int) -> str:
         return self._origin.name(i) if self._origin else str(i)
+
+    def listing(self) -> object:
+        return self.images.shape
 
 
 class FakeSource:
@@ -152,6 +171,9 @@ class EncodedSource:
     def fingerprint(self) -> str:
         return digest(str(self._path.resolve()), stamp(self._path), self._rows.tobytes(), self._in_chans)
 
+    def listing(self) -> object:
+        return self._rows.tobytes(), np.diff(self._offsets)[self._rows].tobytes()
+
 
 class FolderSource:
     """Image files below a folder.
@@ -200,6 +222,10 @@ class FolderSource:
     def fingerprint(self) -> str:
         stamps = [(file, *stamp(self.root / file)) for file in self._files]
         return digest(str(self.root.resolve()), stamps, self._in_chans)
+
+    def listing(self) -> object:
+        asked = self._files[:: -(-len(self) // _SIZED)]
+        return self._files, [_size(self.root / file) for file in asked]
 
 
 def _without_classes(files: list[str]) -> str | None:

@@ -70,6 +70,9 @@ class TarSource:
     def fingerprint(self) -> str:
         return digest(str(self.path.resolve()), stamp(self.path), len(self), self._members[0], self._in_chans)
 
+    def listing(self) -> object:
+        return [(name, size) for name, _, size in self._members]
+
     def _index(self, key: str, part: PurePosixPath) -> list[tuple[str, int, int]]:
         found: dict[str, tuple[str, int, int]] = {}
         try:

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,7 +98,7 @@ def _accuracy(axes: "Axes", history: dict[str, list[tuple[int, float]]], compari
     _plain(axes, "Accuracy on test images, %")
     axes.set_xlabel("optimizer step", color=_INK)
     names = [name for name in history if name.startswith("val/knn@")] + [name for name in history if name == "val/probe_acc1"]
-    for name, color in zip(names, _COLORS, strict=False):
+    for name, color in zip(names, cycle(_COLORS), strict=False):
         steps, values = np.array(history[name]).T
         text = name.removeprefix("val/").replace("knn@", "k-NN, k=").replace("probe_acc1", "linear probe")
         axes.plot(steps, values, color=color, linewidth=2, marker="o" if len(steps) < 40 else None, markersize=4, label=text)

@@ -1,10 +1,17 @@
 """The page of measurements says what the results say."""
 
 import csv
+import shutil
 from dataclasses import asdict
 
 from solo.bench import board, measure
 from solo.bench.measure import Comparison, Row
+from tests.conftest import ROOT
+
+
+def test_the_page_of_this_repository_is_drawn_from_its_results(tmp_path):
+    shutil.copy(ROOT / "bench" / "results.csv", tmp_path)
+    assert board.render(tmp_path / "results.csv").read_text() == (ROOT / "bench" / "README.md").read_text()
 
 
 def page(tmp_path, rows):

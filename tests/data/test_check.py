@@ -16,8 +16,7 @@ from solo.data.duplicates import dhash, equal_groups, similar_groups, thumbnail
 from solo.data.scan import scan
 from solo.data.sources import ArraySource, FolderSource
 from solo.errors import ConfigError, DataError, EnvironmentFault
-from tests.data.common import make_folder, picture
-from tests.data.test_faults import KINDS, broken
+from tests.data.common import KINDS, broken, make_folder, picture
 
 
 def scene(seed: int, height: int = 48, width: int = 64) -> Image.Image:
@@ -196,6 +195,19 @@ def test_the_search_finds_what_comparing_all_with_all_finds() -> None:
     for _ in range(8):
         reach = reach @ reach
     assert not (together & ~reach).any()
+
+
+@pytest.mark.parametrize(("bits", "found"), [(8, 1), (9, 0)])
+def test_a_pair_whose_hashes_differ_in_more_than_eight_bits_is_none(bits: int, found: int) -> None:
+    """Thumbnails that correlate by 0.99: rows far apart, each rising gently; where a step is flat, a bit is another."""
+    cells = 25 * np.arange(8)[:, None] + np.arange(9)  # [8, 9], of 2 x 2 pixels
+    other = cells.copy()
+    for row, flat in enumerate([2] * (bits // 2) + [bits % 2], start=2):
+        other[row, 9 - flat :] = other[row, 8 - flat]
+    pair = np.stack([cells, other]).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    first, second = np.unpackbits(dhash(pair).view(np.uint8).reshape(2, 8), axis=1)
+    assert (first != second).sum() == bits and np.corrcoef(pair.reshape(2, -1))[0, 1] > 0.99
+    assert len(similar_groups(pair)) == found
 
 
 def test_thousands_of_one_scene_are_one_group_in_little_time() -> None:

@@ -86,6 +86,21 @@ def test_crops_are_the_references_within_a_grey_level(size: int, channels: int) 
         assert (mine - whole).abs().max() <= 2 and (mine != whole).float().mean() < 0.1  # Pillow rounds after each axis
 
 
+@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (2, 3), (64, 65), (40, 40), (7, 300)])
+def test_crops_of_the_hardest_images_are_pillows(shape: tuple[int, int]) -> None:
+    """Black and white pixels, where bicubic overshoots most, in images of every shape: clipped after each axis, as Pillow's."""
+    images = [(np.random.default_rng(i).integers(0, 2, (*shape, 3)) * 255).astype(np.uint8) for i in range(4)]
+    for size in (1, 17, 65, 96, 224):
+        params = drawn(View(crop_size=size), images)
+        crops = torch.empty((4, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        crop(images, params, crops)
+        for mine, image, (top, left, height, width) in zip(crops, images, params.box.tolist(), strict=True):
+            cut = Image.fromarray(image).crop((left, top, left + width, top + height))
+            published = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+            off = np.abs(mine.permute(1, 2, 0).numpy() - published)
+            assert off.max() <= 2 and (off > 1).mean() < 2e-3
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", [name for name in ALONE if name not in ("crop", "tiny crops", "flip")])
 def test_what_follows_the_crop_is_the_same(name: str, channels: int, each_kernel: str) -> None:
@@ -136,6 +151,19 @@ def test_workers_ranks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(whole, views([Slot(2, np.arange(16))], 0))
 
 
+def test_large_photographs_are_not_held_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job([View(crop_size=8)])
+    slot, one = Slot(0, np.arange(16)), max(image.nbytes for image in Pictures().images)
+    whole = next(LargeEngine(asked).batches([slot])).batch
+    monkeypatch.setattr(large, "_HELD_BYTES", 3 * one)
+    held = [(first, [image.nbytes for _, image, _ in loaded]) for first, loaded in large._Cropper(asked)._decoded(slot)]
+    assert all(sum(sizes) < 4 * one for _, sizes in held) and max(len(sizes) for _, sizes in held) > 1
+    assert [first for first, _ in held] == np.cumsum([0, *(len(sizes) for _, sizes in held)])[:-1].tolist()
+    again = next(LargeEngine(asked).batches([slot])).batch
+    assert torch.equal(whole.crops[0], again.crops[0]) and np.array_equal(whole.params[0].box, again.params[0].box)
+    assert torch.equal(whole.index, again.index)
+
+
 def test_what_is_drawn_is_what_the_reference_draws(each_kernel: str) -> None:
     """The pixels of one image under both engines' own numbers come from one distribution."""
     ramp = np.tile(np.arange(80, dtype=np.uint8)[:, None, None] * 3, (1, 80, 3))
@@ -178,6 +206,11 @@ class Seen(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.trained: list[Batch] = []
         self.judged: list[Batch] = []
+        self.sent: list[type] = []
+
+    def on_before_batch_transfer(self, batch: Batch | Crops, dataloader_idx: int) -> Batch | Crops:
+        self.sent.append(type(batch))
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.trained.append(batch)
@@ -199,11 +232,13 @@ def test_a_trainer_and_a_loop_by_hand_see_the_same_batches(tmp_path: Path) -> No
         config = DataConfig(dataset="image_folder", train_path=str(tmp_path / "train"), num_workers=0)
         return DataModule(config, [full_view(SIDE)], 4, seed=3)
 
-    model = Seen()
+    model, used = Seen(), data()
     flags = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **dict.fromkeys(flags, False)).fit(model, datamodule=data())
+    pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **dict.fromkeys(flags, False)).fit(model, datamodule=used)
     byhand = list(data().train_dataloader())
     assert len(model.trained) == len(byhand) == 4 and len(model.judged) >= 1
+    assert model.sent.count(Crops) == 4  # grey levels travel to the device, views are made there
+    assert all(isinstance(batch, Batch) for batch in used.train_dataloader())  # also by hand after the trainer has ended
     for a, b in zip(model.trained, byhand, strict=True):
         assert isinstance(a, Batch) and torch.equal(a.views[0], b.views[0]) and torch.equal(a.index, b.index)
 

@@ -1,9 +1,11 @@
 """A run continued from any of its checkpoints sees exactly the images the uninterrupted run saw."""
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -11,8 +13,11 @@ import torch
 from solo.batch import Batch
 from solo.data.module import DataConfig, DataModule
 from solo.data.resume import SettledCounters
+from solo.data.sources import ArraySource, EncodedSource, FakeSource, FolderSource, listing
+from solo.data.tar import TarSource
 from solo.data.views import Chance, ColorJitter, View
 from solo.errors import ConfigError
+from tests.data.common import make_folder
 
 SIZE, BATCH, EPOCHS = 8, 8, 3
 VIEWS = [View(crop_size=SIZE, horizontal_flip=Chance(prob=0.5), color_jitter=ColorJitter(prob=0.8, brightness=0.4, hue=0.1))]
@@ -173,3 +178,63 @@ def test_another_batch_size_or_seed_cannot_continue(tmp_path: Path) -> None:
         DataModule(config, VIEWS, 16, seed=4).load_state_dict(state)
     assert "optimizer.batch_size x devices is 16, it was 8" in str(caught.value)
     assert "seed is 4, it was 3" in str(caught.value)
+
+
+def edited(root: Path, change: str) -> Path:
+    """A copy of six images in which one thing is another."""
+    paths = make_folder(root, {"a": 3, "b": 3})
+    first = paths[0]
+    if change == "name":
+        first.rename(first.with_name("0000a.png"))  # in the same place of the list
+    elif change == "label":
+        (root / "a").rename(root / "c")
+    elif change == "size":
+        first.write_bytes(first.read_bytes() + b"\0")
+    return root
+
+
+@pytest.mark.parametrize("change", ["nothing", "name", "label", "size"])
+def test_other_images_cannot_continue_unless_they_are_accepted(
+    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many images, elsewhere: what counts are their names, labels and sizes."""
+
+    def data(folder: Path, **more: bool) -> DataModule:
+        return DataModule(DataConfig(dataset="image_folder", train_path=str(folder), **more), VIEWS, 2, seed=3)
+
+    state = data(edited(tmp_path / "before", "nothing")).state_dict()
+    after = edited(tmp_path / "after", change)
+    if change == "nothing":
+        data(after).load_state_dict(state)
+        return
+    with pytest.raises(ConfigError, match="other names, labels or sizes than .*data.accept_changed=true") as said:
+        data(after).load_state_dict(state)
+    assert "\n" not in str(said.value)
+    accepted = data(after, accept_changed=True)
+    accepted.load_state_dict({**state, "epoch": 1, "batch": 2})
+    assert len(list(accepted.train_dataloader())) == 1 and "other names, labels or sizes" in caplog.text
+
+
+def test_every_source_lists_its_images(tmp_path: Path) -> None:
+    """Twice the same text, and another one for other images; sizes of a folder are asked for evenly."""
+    files = [path.read_bytes() for path in make_folder(tmp_path / "a", {"x": 4})]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a", "a")
+    bounds, labels = np.cumsum([0, *map(len, files)]), np.zeros(4, np.int64)
+    packed = np.frombuffer(b"".join(files), np.uint8)
+    makers = [
+        lambda n: FakeSource(n, 8, 2, 3, seed=1),
+        lambda n: ArraySource(np.zeros((4, n, 8, 3), np.uint8), labels, ["x"]),
+        lambda n: EncodedSource(packed, bounds, np.arange(4)[-n:], labels[-n:], ["x"], 3, tmp_path / "a.npz"),
+        lambda n: TarSource(tmp_path / "a.tar", "a" if n == 4 else "b", 3, "key"),
+        lambda n: FolderSource(tmp_path / ("a" if n == 4 else "b"), 3, "key"),
+    ]
+    make_folder(tmp_path / "b", {"x": 3})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        archive.add(tmp_path / "b", "b")
+    for make in makers:
+        assert listing(make(4)) == listing(make(4)) != listing(make(3))
+    assert len({listing(make(4)) for make in makers}) == len(makers)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    kinds = [(labels, ["x", "y"]), (labels + 1, ["x", "y"]), (labels, ["x", "z"])]
+    assert len({listing(ArraySource(images, *kind)) for kind in kinds}) == 3

@@ -29,7 +29,7 @@ VIEW = np.dtype(  # a `View` and the constants that go with it
 )
 
 class NumbaKernel:
-    """Fills batches; see `solo.data.engines.fast.Kernel`."""
+    """Fills batches; see `solo.data.engines.kernels.Kernel`."""
 
     def __init__(self, job: Job, images: Array) -> None:
         _, height, width, self._channels = images.shape

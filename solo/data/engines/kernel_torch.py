@@ -22,7 +22,7 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 class TorchKernel:
-    """Fills batches; see `solo.data.engines.fast.Kernel`."""
+    """Fills batches; see `solo.data.engines.kernels.Kernel`."""
 
     def __init__(self, job: Job, images: np.ndarray) -> None:
         self._job, self._images = job, torch.from_numpy(images)

@@ -1,0 +1,214 @@
+"""Files that are no images: none gets through, each is replaced, named and counted, also over ranks."""
+
+import errno
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from solo.data import bad as bad_file
+from solo.data import decoding
+from solo.data.decoding import BadImage, decode
+from solo.errors import DataError, EnvironmentFault
+from solo.testing import run_ranks
+from tests.data.common import KINDS, broken, encoded, folder, full_view, make_folder, module, picture
+
+
+def test_every_kind_of_image_becomes_rgb() -> None:
+    rgb = Image.fromarray(picture(0, 20, 30))
+    sixteen = Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) << 8) | 77)
+    palette = rgb.quantize(64)
+    palette.info["transparency"] = bytes(range(64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases = {
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG", quality=95),
+        "grey": encoded(rgb.convert("L"), "PNG"),
+        "rgba": encoded(rgb.convert("RGBA"), "PNG"),
+        "grey and alpha": encoded(rgb.convert("LA"), "PNG"),
+        "palette": encoded(palette, "PNG"),
+        "one bit": encoded(rgb.convert("1"), "PNG"),
+        "16 bit": encoded(sixteen, "PNG"),
+        "animated": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
+    }
+    for name, file in cases.items():
+        pixels = decode(file.getvalue(), 3)
+        assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable, name
+        grey = decode(file.getvalue(), 1)
+        assert grey.shape == (20, 30, 1), name
+        if name != "one bit":
+            assert np.abs(grey[..., 0].astype(int) - np.asarray(rgb.convert("L"))).mean() < 12, name
+    assert decode(encoded(rgb, "JPEG", exif=exif).getvalue(), 3).shape == (30, 20, 3)
+    assert decode(encoded(Image.new("RGB", (1, 5000)), "PNG").getvalue(), 3).shape == (5000, 1, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_bytes_are_a_bad_image(kind: str) -> None:
+    with pytest.raises(BadImage):
+        decode(broken(kind), 3)
+
+
+def bad_folder(root: Path, total: int = 60) -> list[Path]:
+    """A folder whose images are good but for one of each kind; returns the bad ones."""
+    paths = make_folder(root, {"a": total // 2, "b": total // 2})
+    bad = sorted(paths[5 + 9 * i] for i in range(len(KINDS)))
+    for path, kind in zip(bad, KINDS, strict=True):
+        path.write_bytes(broken(kind))
+    return bad
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("fast", 0), ("torchvision", 0), ("torchvision", 2)])
+def test_bad_images_are_replaced_named_once_and_counted(
+    engine: str, workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = bad_folder(tmp_path)
+    data = folder(tmp_path, engine=engine, num_workers=workers, max_bad_fraction=0.2, batch_size=6)
+    with caplog.at_level(logging.WARNING):
+        loader = data.train_dataloader()
+        epochs = [list(loader), list(loader)]
+    assert data.bad.count == len(bad) and data.bad.names == [str(path) for path in bad]
+    assert len(caplog.records) == len(bad)
+    assert all(caplog.text.count(f"{path} (") == 1 for path in bad)
+    for batches in epochs:
+        shown = torch.cat([batch.index for batch in batches])
+        assert len(batches) == 10 and not set(shown.tolist()) & set(data.bad.index)
+        assert all(torch.equal(batch.labels, torch.from_numpy(data._train.labels)[batch.index]) for batch in batches)
+    again = folder(tmp_path, engine="torchvision", num_workers=0, max_bad_fraction=0.2, batch_size=6).train_dataloader()
+    assert [batch.index.tolist() for batch in again] == [batch.index.tolist() for batch in epochs[0]]
+    clean = list(data.clean_loader(train=True, batch_size=60))   # one batch: the classes change within it
+    assert torch.cat([batch.index for batch in clean]).tolist() == [i for i in range(60) if i not in data.bad.index]
+    assert all(batch.labels.tolist() == data._train.labels[batch.index].tolist() for batch in clean)
+    data.teardown("fit")
+
+
+def listing(run: Path) -> list[str]:
+    return [json.loads(line)["name"] for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path / "images")
+    for _ in range(2):
+        data = folder(tmp_path / "images", engine=engine, num_workers=0, max_bad_fraction=0.2, batch_size=6)
+        data.report_dir = tmp_path / "run"
+        list(data.train_dataloader())
+        assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+@pytest.mark.parametrize("side", [20, 70])
+def test_a_stand_in_keeps_the_numbers_of_the_image_it_replaces(engine: str, side: int, tmp_path: Path) -> None:
+    """All images are one image, so that only the numbers can differ: a bad one must change nothing."""
+    paths = make_folder(tmp_path, {"a": 12}, size=(side, side))
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+
+    def views() -> torch.Tensor:
+        data = module(6, [full_view(16)], dataset="image_folder", train_path=str(tmp_path), engine=engine, num_workers=0,
+                      max_bad_fraction=0.5)
+        return torch.cat([batch.views[0] for batch in data.train_dataloader()])
+
+    whole = views()
+    paths[3].write_bytes(b"no image")
+    paths[7].write_bytes(b"")
+    assert torch.equal(whole, views()) and not torch.equal(whole[0], whole[1])
+
+
+def test_a_stand_in_that_is_bad_too_is_replaced_anew(tmp_path: Path) -> None:
+    """Most images are bad, so that chains of stand-ins are long; every engine follows the same ones."""
+    paths = make_folder(tmp_path, {"a": 20})
+    for path in paths[:17]:
+        path.write_bytes(b"")
+    seen = []
+    for engine in ("fast", "torchvision"):
+        data = module(20, dataset="image_folder", train_path=str(tmp_path), engine=engine, num_workers=0, max_bad_fraction=1.0)
+        seen.append([batch.index.tolist() for loader in [data.train_dataloader()] for _ in range(3) for batch in loader])
+        assert all(set(shown) == {17, 18, 19} for shown in seen[-1])
+    assert seen[0] == seen[1] and seen[0][0] != seen[0][1]
+
+
+def test_a_passing_error_is_tried_again_and_a_lasting_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    path = make_folder(tmp_path, {"a": 1})[0]
+    content, left = path.read_bytes(), [errno.EIO, errno.ESTALE, errno.EIO]
+
+    def flaky(self: Path) -> bytes:
+        if left:
+            raise OSError(left.pop(), "no luck")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    assert decoding.read_file(path) == content
+    left += [errno.EIO] * 4
+    with pytest.raises(BadImage, match="no luck"):
+        decoding.read_file(path)
+    left[:] = [errno.EACCES, errno.EACCES]
+    with pytest.raises(BadImage):
+        decoding.read_file(path)
+    assert left == [errno.EACCES]
+    left[:] = [errno.EMFILE]
+    with pytest.raises(EnvironmentFault, match="too many open files.*ulimit -n"):
+        decoding.read_file(path)
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_too_many_bad_images_stop_with_a_list(engine: str, tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path / "images")
+    data = folder(tmp_path / "images", engine=engine, num_workers=0, max_bad_fraction=0.05)
+    data.report_dir = tmp_path / "run"
+    with pytest.raises(DataError, match=r"of 60 images cannot be read, more than data.max_bad_fraction=0.05; listed in"):
+        for _ in range(2):
+            list(data.train_dataloader())
+    listed = listing(tmp_path / "run")
+    assert set(listed) <= {str(path) for path in bad} and len(listed) > 3
+
+
+def test_without_a_report_folder_the_first_names_are_said(tmp_path: Path) -> None:
+    bad = bad_folder(tmp_path)
+    with pytest.raises(DataError) as caught:
+        folder(tmp_path, engine="fast").train_dataloader()
+    assert str(bad[0]) in str(caught.value) and not list(Path.cwd().glob("bad_samples.jsonl"))
+
+
+def bad_of_two(rank: int, folder_: Path, limit: float) -> tuple[list[str], str, str]:
+    """Each rank meets every image of its half; together they are what one process meets."""
+    data = folder(folder_, engine="torchvision", num_workers=0, max_bad_fraction=limit, batch_size=6)
+    data.report_dir = folder_.parent / "run"
+    ended = ""
+    list(data.train_dataloader())
+    try:
+        data.bad.agree("cpu")
+        data.bad.agree("cpu")  # nothing new
+    except (DataError, SystemExit) as error:
+        ended = f"{type(error).__name__} {error}"
+    return data.bad.names, ended, "".join(data.bad._reasons[i] for i in data.bad.index)
+
+
+def test_bad_images_are_those_of_all_ranks(tmp_path: Path) -> None:
+    bad = [str(path) for path in bad_folder(tmp_path / "images")]
+    (first, ended, reasons), (second, other, same) = run_ranks(bad_of_two, tmp_path / "images", 0.2)
+    assert first == second == bad and reasons == same and not ended and not other
+    # 3 of 60 would pass a limit of 4 on each rank alone; the 5 of both do not
+    (_, ended, _), (_, other, _) = run_ranks(bad_of_two, tmp_path / "images", 4 / 60)
+    assert ended.startswith("DataError 5 of 60 images cannot be read") and other == "SystemExit 0"
+    assert sorted(listing(tmp_path / "run")) == bad
+
+
+@pytest.mark.parametrize(("batches", "times"), [(100, 20), (7, 7)])
+def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several times, so that too many bad images stop the run before its epoch ends; never in a single process."""
+    asked: list[int] = []
+    loop, strategy = SimpleNamespace(), SimpleNamespace(root_device="cpu")
+    bad = SimpleNamespace(agree=lambda _: asked.append(loop.batch_idx))
+    data = SimpleNamespace(bad=bad, bad_val=None)
+    trainer = SimpleNamespace(num_training_batches=batches, fit_loop=loop, strategy=strategy, datamodule=data)
+    for world in (1, 2):
+        monkeypatch.setattr(bad_file, "world_size", lambda world=world: world)
+        for loop.batch_idx in range(batches):
+            bad_file.AgreedCount().on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+        assert len(asked) == (times if world == 2 else 0)

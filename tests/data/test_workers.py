@@ -1,0 +1,71 @@
+"""Worker processes that hang, die, or lack memory or files: one line that says which, and no waiting."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from solo.data.engines import workers
+from solo.data.random import order
+from solo.data.sources import FakeSource
+from solo.errors import EnvironmentFault
+from tests.data.common import module
+
+
+class Slow(FakeSource):
+    def load(self, i: int) -> np.ndarray:
+        time.sleep(1.5)
+        return super().load(i)
+
+
+class Deadly(FakeSource):
+    def load(self, i: int) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(i)
+
+
+def test_what_a_stuck_worker_was_at_is_named() -> None:
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = Slow(64, 32, 10, 3, seed=0)
+    first = int(order(1, 0, 64)[0])
+    with pytest.raises(EnvironmentFault, match=f"rank 0: no batch .* waiting for the batch that begins with {first}$"):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+
+
+@pytest.mark.parametrize(("source", "said"), [(Slow, "data.timeout=0.5"), (Deadly, "data.num_workers")])
+def test_a_hung_or_killed_worker_stops_the_run(source: type[FakeSource], said: str) -> None:
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = source(64, 32, 10, 3, seed=0)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFault, match=said):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(("free", "said"), [(10_000, "lower data.num_workers"), (60_000, "makes only one ahead")])
+def test_too_little_shared_memory_is_said_before_it_is_needed(
+    free: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One worker's batch of 16 views of 16 px: 48 KiB as floats; two ahead would be 96."""
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: free)
+    data = module(16, dataset="fake", engine="torchvision", num_workers=1)
+    if free < 16 * 3 * 16 * 16 * 4:
+        with pytest.raises(EnvironmentFault, match=said):
+            next(iter(data.train_dataloader()))
+    else:
+        assert len(next(iter(data.train_dataloader())).index) == 16 and said in caplog.text
+    data.teardown("fit")
+
+
+def test_open_files_do_not_grow_over_epochs() -> None:
+    data = module(8, dataset="fake", engine="torchvision", num_workers=1)
+    loader, counts = data.train_dataloader(), []
+    for _ in range(4):
+        list(loader)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    data.teardown("fit")
+    assert max(counts[1:]) <= counts[0] + 4
