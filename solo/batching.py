@@ -1,8 +1,9 @@
-"""Several views through one network: one after the other, or as one batch with the statistics of each view."""
+"""Views through one network: one after the other, as one batch with the statistics of each view, or in small parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
@@ -10,6 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from solo.nn import Teacher
 
 Mode = Literal["separate", "concat"]
 
@@ -21,15 +25,20 @@ class ViewBatching:
     batch statistics still takes them, and moves its running ones, view by view in their order: the same outputs, gradients
     and buffers. What a network draws at random, such as dropout, comes in another order.
 
+    With a ``micro_batch``, images pass that many at a time, once forwards, and once more when their gradient comes back: the
+    gradient is that of the whole batch, as in GradCache (Gao et al. 2021, https://arxiv.org/abs/2101.06983), and memory for
+    activations that of a part. Norms by batch statistics take, and count, those of each part; heads see the whole batch.
+
     Args:
         mode: which of the two.
+        micro_batch: images at a time, for ``separate``; None for all at once.
 
     Attributes:
         used: whether any network has been run.
     """
 
-    def __init__(self, mode: Mode = "separate") -> None:
-        self.mode = mode
+    def __init__(self, mode: Mode = "separate", micro_batch: int | None = None) -> None:
+        self.mode, self.micro_batch = mode, micro_batch
         self.used = False
         self._layouts: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()      # of networks looked at
 
@@ -43,11 +52,28 @@ class ViewBatching:
         layout = self._layouts.get(network) or self._looked_at(network)
         views = [view.contiguous(memory_format=layout) if view.ndim == 4 else view for view in views]
         if self.mode == "separate":
-            return [network(view) for view in views]
+            return [self._in_parts(network, view) for view in views]
         outputs: list[Tensor] = []
         for _, same in groupby(views, key=lambda view: view.shape):
             outputs += _batch.run(network, list(same))
         return outputs
+
+    def _in_parts(self, network: nn.Module, view: Tensor) -> Tensor:
+        size = self.micro_batch
+        if size is None or view.ndim != 4 or len(view) <= size:
+            return network(view)
+        if isinstance(network, Teacher):
+            return network.in_parts(view, size)
+        context = partial(_both_times, network)
+        return torch.cat([checkpoint(network, part, use_reentrant=False, context_fn=context) for part in view.split(size)])
+
+    def note(self, network: nn.Module) -> str:
+        """What is not as in a whole batch for this network, in a line, or nothing."""
+        if self.micro_batch is None or not any(map(_counts, network.modules())):
+            return ""
+        size = self.micro_batch
+        what = f"micro_batch={size}: the backbone's norms take their statistics from {size} images at a time"
+        return f"{what}; the gradient is otherwise that of the whole batch"
 
     def renew(self) -> None:
         """Look at the networks anew: SyncBatchNorm may have taken the place of their norms."""
@@ -58,16 +84,34 @@ class ViewBatching:
         layout = self._layouts[network] = _layout(network)
         if self.mode == "concat":
             for module in network.modules():
-                if isinstance(module, _NormBase) or getattr(module, "running_var", None) is not None:
+                if _counts(module):
                     kind: Any = type(module)
                     module.__class__ = kind if issubclass(kind, PerView) else _per_view(kind)
         return layout
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mode": self.mode, "used": self.used}
+        return {"mode": self.mode, "micro_batch": self.micro_batch, "used": self.used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _layouts=WeakKeyDictionary())       # a copy looks at its own networks
+
+
+def _both_times(network: nn.Module) -> tuple[Any, Any]:
+    """What surrounds the first pass of a part, and the second."""
+    return nullcontext(), _buffers_kept(network)
+
+
+@contextmanager
+def _buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Running statistics moved in the first pass already: what is written within is thrown away."""
+    own = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
+    for module, buffers in own:
+        module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+    try:
+        yield
+    finally:
+        for module, buffers in own:
+            module._buffers = buffers
 
 
 @dataclass(eq=False)
@@ -172,6 +216,11 @@ def _per_view(kind: Any) -> type[nn.Module]:
 def _unpickled(kind: Any) -> nn.Module:
     per_view = _per_view(kind)
     return per_view.__new__(per_view)
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether a module is a norm by statistics of its batch."""
+    return isinstance(module, _NormBase) or getattr(module, "running_var", None) is not None
 
 
 def _layout(network: nn.Module) -> torch.memory_format:

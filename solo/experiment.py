@@ -66,6 +66,7 @@ class Experiment:
     ``method_kwargs`` is an instance of the method's own ``Config``. ``momentum`` is handed to methods with a teacher;
     null trains without one where a method can.
     ``view_batching``: ``concat`` runs all views of one size as one batch, with BatchNorm still per view (`solo.batching`).
+    ``micro_batch``: images that pass the backbone at a time; the gradient stays that of the whole batch.
     ``compile``: ``torch.compile`` of backbone and heads, which takes a minute before the first step.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
     ``step_timeout``: seconds after which several processes give up on one that does not answer.
@@ -82,6 +83,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     view_batching: Mode = "separate"
+    micro_batch: int | None = None
     compile: bool = False
     auto_batch_size: bool = False
     auto_lr: bool = False
@@ -108,6 +110,12 @@ class Experiment:
             problems.append(f"step_timeout must be positive, got {self.step_timeout:g}")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            problems.append(f"micro_batch must be at least 1, got {self.micro_batch}")
+        elif self.micro_batch and self.optimizer.batch_size % self.micro_batch and not self.auto_batch_size:
+            problems.append(f"micro_batch={self.micro_batch} does not divide optimizer.batch_size={self.optimizer.batch_size}")
+        if self.micro_batch and self.view_batching == "concat":
+            problems.append("micro_batch takes views apart and view_batching=concat puts them together: use one of them")
         if problems:
             raise ValueError("\n".join(problems))
 

@@ -235,6 +235,15 @@ class Teacher(StepModule, nn.Sequential):
         return super().forward(x)
 
     @torch.no_grad()
+    def in_parts(self, x: Tensor, size: int) -> Tensor:
+        """As `forward`, with ``size`` images at a time through the first module; the rest sees the whole batch."""
+        first, *heads = self
+        x = torch.cat([first(part) for part in x.split(size)])
+        for head in heads:
+            x = head(x)
+        return x
+
+    @torch.no_grad()
     def update(self, progress: float) -> float:
         """theta <- tau theta + (1 - tau) student, in place; returns tau."""
         tau = self.momentum.tau(progress)

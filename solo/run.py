@@ -97,7 +97,7 @@ def _method(config: Experiment, in_chans: int) -> Method:
     method = METHODS[config.method](backbone, config.method_kwargs)
     method.optimizer_config, method.scheduler_config, method.seed = config.optimizer, config.scheduler, config.seed
     method.mean, method.std = statistics(config.data)
-    method.each = ViewBatching(config.view_batching)
+    method.each = ViewBatching(config.view_batching, config.micro_batch)
     return method
 
 
@@ -122,6 +122,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
+    if note := method.each.note(method.backbone):
+        say(note)
     if config.compile:
         compile_networks(method, trainer.strategy.root_device)
     meet(trainer, config.step_timeout)

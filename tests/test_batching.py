@@ -160,7 +160,7 @@ def test_methods_lose_nothing(method):
 def test_a_method_that_runs_its_networks_itself_is_refused():
     model = Case("simclr", view_batching="concat").build()
     model.losses = lambda batch: {"loss": model.backbone(batch.views[0]).sum(), "feats": model.backbone(batch.views[0])}
-    with pytest.raises(ConfigError, match="view_batching=concat: SimCLR runs its networks without self.each"):
+    with pytest.raises(ConfigError, match="view_batching=concat has no effect: SimCLR runs its networks without self.each"):
         model.training_step(Case("simclr").batches(1)[0], 0)
 
 

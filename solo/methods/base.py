@@ -189,8 +189,9 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
-        if self.each.mode == "concat" and not self.each.used:
-            raise ConfigError(f"view_batching=concat: {type(self).__name__} runs its networks without self.each: use separate")
+        asked = "view_batching=concat" if self.each.mode == "concat" else self.each.micro_batch and "micro_batch"
+        if asked and not self.each.used:
+            raise ConfigError(f"{asked} has no effect: {type(self).__name__} runs its networks without self.each: leave it out")
         outputs["feats"] = outputs["feats"].detach()
         return outputs
 
