@@ -16,11 +16,11 @@ demo: env
 # Two test processes of one thread each: torch otherwise takes every core for each of them.
 test test-fast: export OMP_NUM_THREADS = 1
 test: env
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not alone" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone
 
 test-fast: env
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # All that is measured on one GPU, about 8 minutes: make bench-gpu ARGS="--data cifar10.npz --minutes 30"
 bench-gpu: env

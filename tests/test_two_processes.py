@@ -131,5 +131,6 @@ def test_another_number_of_processes_goes_on_with_the_same_images_and_says_what_
         seen.add(folder)
         final = checkpoint.read(folder / "last.ckpt")
         assert final["global_step"] == 8 * epoch
-        assert final["DataModule"] == {"epoch": epoch, "batch": 0, "global_batch": 16, "images": 128, "seed": 5}
+        place = {key: value for key, value in final["DataModule"].items() if key != "listing"}
+        assert place == {"epoch": epoch, "batch": 0, "global_batch": 16, "images": 128, "seed": 5}
         arguments = [f"resume={folder}"]
