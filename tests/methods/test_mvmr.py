@@ -16,6 +16,7 @@ from solo.run import pretrain
 from solo.schedules import warmup_cosine
 from solo.testing import CHECKS, Case, tiny
 from solo.testing.checks import bfloat16_is_close, every_parameter_learns, labels_change_nothing, state_is_whole
+from solo.testing.ranks import run_ranks
 from tests.conftest import ROOT
 from tests.methods.test_golden import Features
 from tests.test_towers import save
@@ -158,8 +159,8 @@ def test_recipes_are_the_published_ones(name):
         assert (teacher.library, teacher.name, teacher.tag) == ("open_clip", "ViT-B-16", "laion400m_e32")
 
 
-def test_real_optimizer_steps_drive_the_schedule():
-    """Two epochs of 8 batches, 2 to a step: the published code would see 16 steps and end in the middle of the cosine."""
+def rates_of_two_epochs(rank, world, folder):
+    """The learning rate of each optimizer step: 64 images, 8 to a process and batch, 2 batches to a step."""
     rates = []
 
     class Watch(pl.Callback):
@@ -168,7 +169,18 @@ def test_real_optimizer_steps_drive_the_schedule():
 
     scheduler = {"warmup_epochs": 1, "warmup_start_lr": 1e-6, "min_lr": 1e-6}
     optimizer = {"name": "adam", "lr": 0.016, "kwargs": {}}
-    Case("mvmr", scheduler=scheduler, method_kwargs={"representations": {"raw": 1.0}}, optimizer=optimizer).train(
-        Watch(), accumulate_grad_batches=2, max_epochs=2
-    )
-    assert rates == pytest.approx([warmup_cosine(t, 8, 4, 0.001, 1e-6, 1e-6) for t in range(8)])
+    case = Case("mvmr", scheduler=scheduler, method_kwargs={"representations": {"raw": 1.0}}, optimizer=optimizer)
+    pretrain(case.experiment(folder, accumulate_grad_batches=2, max_epochs=2, devices=world), [Watch()])
+    return rates
+
+
+def test_real_optimizer_steps_drive_the_schedule(tmp_path):
+    """Of 16 batches 2 to a step: the published code would see 16 steps and end in the middle of the cosine."""
+    due = [warmup_cosine(t, 8, 4, 0.001, 1e-6, 1e-6) for t in range(8)]
+    assert rates_of_two_epochs(0, 1, tmp_path) == pytest.approx(due)
+
+
+def test_real_optimizer_steps_of_two_processes_drive_the_schedule(tmp_path):
+    due = [warmup_cosine(t, 4, 2, 0.002, 1e-6, 1e-6) for t in range(4)]
+    for rates in run_ranks(rates_of_two_epochs, 2, tmp_path):
+        assert rates == pytest.approx(due)
