@@ -12,6 +12,7 @@ from solo.console import say
 from solo.errors import ConfigError, EnvironmentFault
 from solo.ranges import require
 
+MAX_EPOCHS = 100        # where nothing is said
 _STARTED = ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")       # by which the nodes of a run find each other
 
 
@@ -51,6 +52,12 @@ class TrainerArguments:
         also = [f"max_time must be positive, got {time}"] if parts and not any(str(part).strip("0") for part in parts) else []
         if isinstance(interval, (int, float)) and interval <= 0:
             also.append(f"val_check_interval must be positive, got {interval}")
+        if self.num_sanity_val_steps < -1:
+            also.append(f"num_sanity_val_steps must be at least -1, which means all, got {self.num_sanity_val_steps}")
+        if self.gradient_clip_algorithm and not self.gradient_clip_val:
+            also.append(f"gradient_clip_algorithm={self.gradient_clip_algorithm} clips nothing without gradient_clip_val")
+        if self.overfit_batches and self.limit_train_batches is not None:
+            also.append("overfit_batches and limit_train_batches both say how many batches an epoch has: use one of them")
         require(
             self, positive="limit_train_batches", at_least_1="num_nodes check_val_every_n_epoch accumulate_grad_batches",
             at_least_0="limit_val_batches overfit_batches log_every_n_steps gradient_clip_val min_epochs min_steps", also=also,

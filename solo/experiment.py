@@ -110,6 +110,8 @@ class Experiment:
             problems.append(f"step_timeout must be positive, got {self.step_timeout:g}")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
+        if len(set(self.loggers)) < len(self.loggers):
+            problems.append(f"loggers names one twice: {', '.join(self.loggers)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             problems.append(f"micro_batch must be at least 1, got {self.micro_batch}")
         elif self.micro_batch and self.optimizer.batch_size % self.micro_batch and not self.auto_batch_size:

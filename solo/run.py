@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from solo import backbones, checkpoint, optim
+from solo import backbones, checkpoint, optim, pairs
 from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.failed import FailedStep
@@ -32,7 +32,7 @@ from solo.data.datasets import DATASETS, statistics
 from solo.data.module import DataModule
 from solo.data.resume import SettledCounters
 from solo.data.views import expand
-from solo.devices import settle
+from solo.devices import MAX_EPOCHS, settle
 from solo.dist import part
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.eval.report import report
@@ -113,13 +113,13 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         NumericsError: a loss stopped being finite.
         Interrupted: a signal came; the state is saved.
     """
+    pairs.refuse(config)
     arguments, processes = settle(config.trainer)
     config = tuned(config, arguments, processes, build)
     global_batch = config.optimizer.batch_size * processes
     run_dir = config.run_dir(global_batch)
     method = _method(config, _in_chans(config))
-    _check(config, method, global_batch)
-    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    data = _checked_data(config, method, global_batch)
     data.report_dir = run_dir
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
     if note := method.each.note(method.backbone):
@@ -146,10 +146,27 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     return Result(method, run_dir, last)
 
 
-def _check(config: Experiment, method: Method, global_batch: int) -> None:
-    method.check(global_batch, [view.crop_size for view in expand(config.augmentations)])
+def _checked_data(config: Experiment, method: Method, global_batch: int) -> DataModule:
+    """The images, where these, the method and the rest of the config suit each other.
+
+    Raises:
+        ConfigError: one line for each that does not.
+    """
+    problems, data = [], None
     if config.optimizer.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in method.modules()):
-        raise ConfigError("optimizer.batch_size=1: BatchNorm needs at least 2 images per process")
+        problems.append("optimizer.batch_size=1: BatchNorm needs at least 2 images per process")
+    try:
+        method.check(global_batch, [view.crop_size for view in expand(config.augmentations)])
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+        problems += pairs.of_run(config, data, global_batch)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems or data is None:
+        raise ConfigError("\n".join(problems))
+    return data
 
 
 def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None, timeout: float) -> None:
@@ -187,7 +204,7 @@ def _trainer(
     extra_callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
     arguments = {
-        "max_epochs": 100,
+        "max_epochs": MAX_EPOCHS,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 50,
         "enable_model_summary": False,

@@ -25,6 +25,8 @@ WRONG = [
     ("main_knn.py", ["checkpoint="], 2, "checkpoint must name a checkpoint or a run's directory"),
     ("main_linear.py", ["checkpoint=damaged.ckpt"], 2, "damaged.ckpt cannot be loaded as tensors and plain values"),
     ("main_linear.py", ["checkpoint=RUN", "max_epochs=0"], 2, "max_epochs must be at least 1"),
+    ("main_linear.py", ["checkpoint=RUN", "scheduler.name=warmup_cosine", "max_epochs=3"], 2,
+     "scheduler.warmup_epochs=10 is longer than the whole run, max_epochs=3"),
     ("main_linear.py", ["checkpoint=RUN", "trainer.x=1"], 2, "unknown key trainer"),
     ("main_linear.py", ["checkpoint=RUN", "accelerator=gpu"], 5, "no usable GPU"),
     ("main_umap.py", ["checkpoint=RUN", "metric=nearly"], 2, "metric must be one of cosine, euclidean, got 'nearly'"),

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "bench", "certify", "continuing", "experiment", "loggers", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "certify", "continuing", "experiment", "loggers", "pairs", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": ("config.py", "config_files.py"),

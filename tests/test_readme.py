@@ -19,11 +19,15 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
-SMALL = ["max_epochs=1", "checkpoint.dir=runs", "limit_train_batches=2", "report.max_train=300", "report.points=100"]
+SMALL = [
+    *("max_epochs=1", "scheduler.warmup_epochs=1"),
+    *("checkpoint.dir=runs", "limit_train_batches=2", "report.max_train=300", "report.points=100"),
+]
 LESS = {
     "pretrain/cifar": "data.dataset=fake data.size=32 data.train_size=64 optimizer.batch_size=16 method_kwargs.queue_size=64 "
     "precision=32-true report.enabled=false",
-    "pretrain/custom": "optimizer.batch_size=4 method_kwargs.queue_size=16 precision=32-true data.num_workers=0",
+    "pretrain/custom": "optimizer.batch_size=4 method_kwargs.queue_size=16 precision=32-true data.num_workers=0 "
+    "knn.k=[5] report.k=5",
     "finetune.yaml": "optimizer.batch_size=32",
 }
 
@@ -63,7 +67,7 @@ def test_commands(workplace):
             assert "micro" in run([sys.executable, *words[1:]], workplace)
         else:
             assert words[0] == "python" and words[1] in ("main_pretrain.py", "main_linear.py", "main_knn.py"), command
-            small = [] if "knn" in words[1] else SMALL if "pretrain" in words[1] else SMALL[:1]
+            small = [] if "knn" in words[1] else SMALL if "pretrain" in words[1] else SMALL[:2]
             small = small + [word for mark, extra in LESS.items() if mark in command for word in extra.split()]
             run([sys.executable, *words[1:], *small], workplace)
 

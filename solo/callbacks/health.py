@@ -50,6 +50,9 @@ class HealthConfig:
         problems += [f"{name} must not be negative, got {value}" for name, value in
                      (("min_std", self.min_std), ("min_rank", self.min_rank), ("plateau", self.plateau),
                       ("max_distance", self.max_distance), ("max_own", self.max_own)) if value < 0]
+        problems += [f"{name} is a share of 1, got {value}" for name, value in
+                     (("min_std", self.min_std), ("max_own", self.max_own)) if value > 1]
+        problems += ["stop_on_collapse needs enabled=true"] * (self.stop_on_collapse and not self.enabled)
         problems += [f"spike must be above 1, got {self.spike}"] * (self.spike <= 1)
         if problems:
             raise ValueError("\n".join(problems))

@@ -86,6 +86,7 @@ def _add(
 
 def _embedded(draw: Callable[[bool], ArraySource]) -> Opener:
     def open(config: DataConfig, train: bool) -> Source:
+        _no_path(config)
         source = draw(train)
         source.images = convert_channels(source.images, config.in_chans or 3)
         return source
@@ -93,7 +94,14 @@ def _embedded(draw: Callable[[bool], ArraySource]) -> Opener:
     return open
 
 
+def _no_path(config: DataConfig) -> None:
+    for key in ("train_path", "val_path"):
+        if (path := getattr(config, key)) is not None:
+            raise ConfigError(f"data.{key}={path}, but data.dataset={config.dataset} is drawn, not read from there")
+
+
 def _fake(config: DataConfig, train: bool) -> Source:
+    _no_path(config)
     n = (config.train_size or 1024) if train else 256
     return FakeSource(n, config.size or 32, config.classes, config.in_chans or 3, seed=1 if train else 2)
 

@@ -76,6 +76,11 @@ class DataModule(pl.LightningDataModule):
         self._engine_name: str | None = None
 
     @property
+    def labels(self) -> np.ndarray:
+        """[N] of the training images used, -1 where there is none."""
+        return self._train.labels
+
+    @property
     def report_dir(self) -> Path | None:
         return self.bad.report_dir
 

@@ -18,7 +18,7 @@ from solo.data.bad import AgreedCount
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.views import Chance, Crop, View
-from solo.devices import settle
+from solo.devices import MAX_EPOCHS, settle
 from solo.errors import ConfigError
 from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
@@ -80,7 +80,10 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
     if trainer.get("limit_val_batches") == 0:
         raise ConfigError("limit_val_batches=0 leaves nothing to evaluate on")
     config = bind(LinearConfig, own, also_known=trainer_arguments)
-    config.trainer, _ = settle({"max_epochs": 100, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
+    config.trainer, _ = settle({"max_epochs": MAX_EPOCHS, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
+    epochs = config.trainer["max_epochs"]
+    if not config.trainer.get("fast_dev_run") and epochs not in (None, -1) and (wrong := config.scheduler.too_long(epochs)):
+        raise ConfigError("\n".join(wrong))
     return config
 
 

@@ -36,7 +36,7 @@ def test_knn_every_n_epochs_and_after_the_last(monkeypatch):
     calls = []
     original = ToyData.clean_loader
     monkeypatch.setattr(ToyData, "clean_loader", lambda self, **kwargs: calls.append(kwargs) or original(self, **kwargs))
-    fit([KNNCallback(CLASSES, KNNConfig(every=2, max_train=7))], max_epochs=5)
+    fit([KNNCallback(CLASSES, KNNConfig(every=2, k=[5], max_train=7))], max_epochs=5)
     assert calls == [{"train": True, "limit": 7}] * 3  # epochs 2, 4 and 5
 
 
