@@ -25,6 +25,7 @@ from solo.reading import parse_json, read_json, read_tensors
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FORMAT = 1      # of what a checkpoint holds; a change that an older version could misread counts it up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,10 +278,10 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def provenance(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of its origin: ``version``, ``method`` and the plain ``config``.
+    """What a checkpoint says of its origin: ``format``, ``version``, ``method`` and the plain ``config``.
 
     Raises:
-        ConfigError: it does not say so.
+        ConfigError: it does not say so, or is of a format that this version does not know.
     """
     try:
         facts = parse_json(content["solo"])
@@ -288,6 +289,10 @@ def provenance(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not say where it comes from: {error}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("method"), str) or not isinstance(facts.get("config"), dict):
         raise ConfigError(f"{path} does not say where it comes from: method and config are missing")
+    written = facts.get("format", 1)            # the first did not say so
+    if type(written) is not int or not 1 <= written <= FORMAT:
+        raise ConfigError(f"{path} is of checkpoint format {written!r:.20}, written by solo {str(facts.get('version'))[:20]}; "
+                          f"this version reads formats up to {FORMAT}: use that one, or a later one")
     return facts
 
 

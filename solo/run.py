@@ -213,7 +213,7 @@ def _trainer(
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):
         arguments["strategy"] = Strategy()
     classes = data.spec.classes
-    provenance = {"version": library_version(), "method": config.method, "config": config.record()}
+    provenance = {"format": checkpoint.FORMAT, "version": library_version(), "method": config.method, "config": config.record()}
     callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)

@@ -47,7 +47,7 @@ class Checkpointer(SignalGuard, Checkpoint):
     Args:
         config: when to save.
         run_dir: the run's directory.
-        provenance: plain values stored with each checkpoint: version, method, config.
+        provenance: plain values stored with each checkpoint, see `solo.checkpoint.provenance`.
     """
 
     def __init__(self, config: CheckpointConfig, run_dir: Path, provenance: dict[str, Any]) -> None:
