@@ -20,6 +20,7 @@ from torch import Tensor
 
 from solo.errors import ConfigError, EnvironmentFault, NumericsError
 from solo.files import digest, sweep, write_file
+from solo.lease import still_own
 from solo.reading import parse_json, read_json, read_tensors
 
 log = logging.getLogger(__name__)
@@ -311,9 +312,17 @@ def misfit(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's door to this module. Its own writer may destroy the good file when it is interrupted."""
+    """Lightning's door to this module. Its own writer may destroy the good file when it is interrupted.
+
+    Args:
+        run_dir: nothing is written when another job has taken this folder over (`solo.lease.Taken`).
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        still_own(self.run_dir)
         save(checkpoint, path, keep=bool((storage_options or {}).get("keep")))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

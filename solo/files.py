@@ -7,6 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +77,26 @@ def alive(pid: int) -> bool:
     except PermissionError:         # somebody else's
         return True
     return True
+
+
+def birth(pid: int) -> str:
+    """What tells a process from a later one of its number: the machine's boot, the numbers' own world, the moment it began.
+
+    Empty where the system does not say, or there is no such process.
+    """
+    try:
+        begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]        # ticks since the boot
+    except (OSError, IndexError):
+        return ""
+    return f"{_world()}.{begun}"
+
+
+def _world() -> str:
+    """This boot of this machine, and the container whose process numbers these are."""
+    with suppress(OSError):
+        text = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return ""
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -1,5 +1,6 @@
-"""One job to a run's directory: the second is refused while the first lives."""
+"""One job to a run's directory: the second is refused while the first lives, and one that lost it writes no more."""
 
+import errno
 import os
 import re
 import threading
@@ -9,34 +10,66 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from solo.errors import EnvironmentFault
-from solo.files import HOST, alive, write_link
+from solo.files import HOST, alive, birth, write_link
 
 BEAT = 15.0         # seconds between two signs of life
 STALE = 120.0       # seconds without one after which a job on another host counts as dead
 
+_held: dict[Path, str] = {}         # leases of this process, and what they say
+
+
+class Taken(PermissionError):
+    """Another job has taken over a folder that this process owned, while it stood still."""
+
 
 @contextmanager
 def owning(folder: Path) -> Iterator[None]:
-    """Own a folder, which need not exist: ``.NAME.lease`` beside it is a link to ``HOST-PID``, touched while that lives.
+    """Own a folder, which need not exist: ``.NAME.lease`` beside it is a link to ``HOST-PID.BIRTH``, touched while
+    that lives.
 
     A link because it is made together with its content, and only where there is none.
 
     Raises:
         EnvironmentFault: another job that is alive owns it.
     """
-    lease, own = folder.with_name(f".{folder.name}.lease"), f"{HOST}-{os.getpid()}"
+    lease, own = _lease(folder), f"{HOST}-{os.getpid()}.{birth(os.getpid())}"
     lease.parent.mkdir(parents=True, exist_ok=True)
     _take(lease, own, folder)
     done = threading.Event()
     thread = threading.Thread(target=_beat, args=(lease, own, done), daemon=True)
     thread.start()
+    _held[lease] = own
     try:
         yield
     finally:
         done.set()
         thread.join()
+        _held.pop(lease, None)
         if _owner(lease) == own:
             lease.unlink(missing_ok=True)
+
+
+def still_own(folder: Path) -> None:
+    """Before something is written to a folder: a job that was suspended may wake up after it was taken for dead.
+
+    Raises:
+        Taken: this process owned it and does so no longer.
+    """
+    lease = _lease(folder)
+    if (own := _held.get(lease)) is None:
+        return
+    try:
+        owner = os.readlink(lease)
+    except FileNotFoundError:
+        owner = "given back"
+    except OSError:                     # a file system that does not answer says nothing of owners
+        return
+    if owner != own:
+        raise Taken(errno.EPERM, f"another job took {folder} over while this one stood still (its lease: {owner})")
+
+
+def _lease(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lease")
 
 
 def _take(lease: Path, own: str, folder: Path) -> None:
@@ -54,13 +87,14 @@ def _take(lease: Path, own: str, folder: Path) -> None:
 
 
 def _refuse_living(lease: Path, owner: str, folder: Path) -> None:
-    found = re.fullmatch(r"([\w-]+)-(\d+)", owner)
+    found = re.fullmatch(r"([\w-]+)-(\d+)(?:\.(\w*)\.(\d+)|\.)?", owner)
     try:
         silent = time.time() - lease.lstat().st_mtime
     except FileNotFoundError:           # it has just been given back
         return
-    if found and found[1] == HOST:
-        if alive(int(found[2])):
+    world = birth(os.getpid()).partition(".")[0]
+    if found and found[1] == HOST and found[3] in (None, world):        # else another machine or container of this name
+        if alive(int(found[2])) and (found[4] is None or birth(int(found[2])) == f"{found[3]}.{found[4]}"):
             raise EnvironmentFault(f"{folder} belongs to process {found[2]}, which is running: end it, or wait for it")
     elif silent < STALE:
         raise EnvironmentFault(

@@ -229,7 +229,7 @@ def _trainer(
         FailedStep(run_dir, config.method),
         Checkpointer(config.checkpoint, run_dir, provenance),
     ]
-    plugins: list[Any] = [checkpoint.AtomicCheckpointIO()]
+    plugins: list[Any] = [checkpoint.AtomicCheckpointIO(run_dir)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 
 from solo import files, lease
 from solo.errors import EnvironmentFault
@@ -21,6 +23,10 @@ def link(folder):
     return folder.with_name(f".{folder.name}.lease")
 
 
+def own():
+    return f"{files.HOST}-{os.getpid()}.{files.birth(os.getpid())}"
+
+
 @pytest.fixture
 def living():
     """The number of a process of this host that is alive."""
@@ -32,7 +38,7 @@ def living():
 def test_owned_while_it_lasts(tmp_path):
     folder = tmp_path / "runs" / "run"
     with owning(folder):
-        assert os.readlink(link(folder)) == f"{files.HOST}-{os.getpid()}"
+        assert os.readlink(link(folder)) == own()
         with owning(folder):            # the same process, one run inside another
             pass
     assert not list(folder.parent.iterdir())
@@ -58,6 +64,76 @@ def test_what_the_dead_owned_is_taken_over(tmp_path):
     assert pretrain(experiment(content)).checkpoint.exists() and not link(run_dir).is_symlink()
 
 
+def test_a_number_that_another_process_has_now_is_that_of_a_dead_one(tmp_path, living):
+    folder = tmp_path / "run"
+    world, begun = files.birth(living).split(".")
+    link(folder).symlink_to(f"{files.HOST}-{living}.{world}.{begun}")
+    with pytest.raises(EnvironmentFault, match="belongs to process"):
+        owning(folder).__enter__()
+    link(folder).unlink()
+    link(folder).symlink_to(f"{files.HOST}-{living}.{world}.{int(begun) - 1}")
+    with owning(folder):
+        assert os.readlink(link(folder)) == own()
+
+
+@pytest.mark.parametrize(("silent", "free"), [(60, False), (180, True)])
+def test_another_machine_of_the_same_name_is_another_host(tmp_path, living, silent, free):
+    """And another container of one machine: its numbers say nothing here."""
+    folder = tmp_path / "run"
+    link(folder).symlink_to(f"{files.HOST}-{living}.0123abcd.{files.birth(living).split('.')[1]}")
+    os.utime(link(folder), (time.time() - silent,) * 2, follow_symlinks=False)
+    if free:
+        with owning(folder):
+            assert os.readlink(link(folder)) == own()
+        return
+    with pytest.raises(EnvironmentFault, match="which counts as dead after 120 s"):
+        owning(folder).__enter__()
+
+
+class Overtaken(pl.Callback):
+    """At a step, what a process finds that was suspended for so long that another job took its folder over."""
+
+    def __init__(self, step, lease, change):
+        self.step, self.lease, self.change = step, lease, change
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.change(self.lease)
+            self.there = listed(self.lease.parent)
+
+
+def listed(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+
+
+def taken_over(lease):
+    lease.unlink()
+    lease.symlink_to("elsewhere-7.0123abcd.99")
+
+
+@pytest.mark.parametrize("change", [taken_over, Path.unlink], ids=["another job trains", "another job has trained"])
+def test_a_job_that_wakes_up_after_it_was_taken_over_leaves_without_writing(tmp_path, change):
+    content = values("nnclr", tmp_path, max_epochs=3, loggers=[])
+    run_dir = experiment(content).run_dir(8)
+    woken = Overtaken(10, link(run_dir), change)
+    with pytest.raises(EnvironmentFault, match=f"another job took {run_dir} over while this one stood still") as caught:
+        pretrain(experiment(content), [woken])
+    assert len(str(caught.value).splitlines()) == 1
+    assert listed(tmp_path) == woken.there
+
+
+def test_an_answer_that_does_not_come_takes_nothing(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(116, "ESTALE")
+
+    with owning(tmp_path / "run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "readlink", fails)
+            lease.still_own(tmp_path / "run")
+        lease.still_own(tmp_path / "run")
+    lease.still_own(tmp_path / "never owned")
+
+
 @pytest.mark.parametrize(("silent", "free"), [(60, False), (180, True)])
 def test_on_another_host_silence_decides(tmp_path, silent, free):
     folder = tmp_path / "run"
@@ -65,7 +141,7 @@ def test_on_another_host_silence_decides(tmp_path, silent, free):
     os.utime(link(folder), (time.time() - silent,) * 2, follow_symlinks=False)
     if free:
         with owning(folder):
-            assert os.readlink(link(folder)) == f"{files.HOST}-{os.getpid()}"
+            assert os.readlink(link(folder)) == own()
         return
     with pytest.raises(EnvironmentFault, match=r"job \(elsewhere-1, seen 6\d s ago\), which counts as dead after 120 s"):
         owning(folder).__enter__()

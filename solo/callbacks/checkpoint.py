@@ -17,6 +17,7 @@ from solo.console import warn
 from solo.dist import end_together
 from solo.errors import EnvironmentFault
 from solo.files import write_link
+from solo.lease import Taken
 from solo.ranges import require
 
 PATIENCE = 3        # saves in a row that may fail before a run ends
@@ -91,7 +92,8 @@ class Checkpointer(SignalGuard, Checkpoint):
             return
         self._failures += 1
         fault = EnvironmentFault(f"{path} cannot be written: {self._reason(problem)}; the last checkpoint stays")
-        if last or self._failures >= PATIENCE:
+        taken = self.agreed(trainer, isinstance(problem, Taken))[1]
+        if last or taken or self._failures >= PATIENCE:
             end_together(fault)
         if trainer.is_global_zero:
             warn(f"{fault}; tried again at the next save ({self._failures} of {PATIENCE})")
