@@ -100,7 +100,7 @@ _WINDOW = 100       # batches that a loss is compared with
 
 
 class Health(FiniteGuard):
-    """Measures collapse, chance and what stands still, and warns once per kind in plain words; and what `FiniteGuard` does.
+    """Measures collapse, chance and what stands still, and warns once of each in plain words; and what `FiniteGuard` does.
 
     Attributes:
         step_scalars: ``feature_std`` (1 = spread evenly over the sphere, 0 = one point) and ``effective_rank`` of the
@@ -152,12 +152,16 @@ class Health(FiniteGuard):
         self._sign("rank", rank < config.min_rank <= full_rank, value=rank)
         still = early and facts["backbone moved"] == 0
         self._sign("still backbone", still)
-        if (own := facts.get("own_neighbours")) is not None:
-            self._sign("own", own > config.max_own, value=own)
-        if (distance := facts.get("teacher_distance")) is not None:
-            self._sign("copy", distance == 0, value=distance)
-            self._sign("far", distance > config.max_distance, value=distance)
-            self._sign("still teacher", early and not still and distance > 0 and facts["teacher moved"] == 0)
+        for fact, value in facts.items():
+            what, _, name = fact.partition("/")
+            if what == "own_neighbours":
+                self._sign("own", value > config.max_own, name, who=f"the queue {name}".strip(), value=value)
+            if what == "teacher_distance":
+                who = f"the teacher {name}".strip()
+                stands = early and not still and value > 0 and facts[fact.replace("teacher_distance", "teacher moved")] == 0
+                self._sign("copy", value == 0, name, who=who)
+                self._sign("far", value > config.max_distance, name, who=who, value=value)
+                self._sign("still teacher", stands, name, who=who)
 
     def _judge_losses(self, losses: dict[str, float], pl_module: pl.LightningModule, batch: Batch) -> None:
         """Chance is ln K of the K rows that one is to be told from: a batch's, all other views', or a queue's."""
@@ -185,9 +189,9 @@ class Health(FiniteGuard):
     def _sign(self, kind: str, shown: bool, suffix: str = "", **facts: Any) -> None:
         key = kind + suffix
         self._signs[key] = self._signs.get(key, 0) + 1 if shown else 0
-        if self._signs[key] < self.config.patience or kind in self._told:
+        if self._signs[key] < self.config.patience or key in self._told:
             return
-        self._told.add(kind)
+        self._told.add(key)
         if self.config.stop_on_collapse:
             end_together(NumericsError(f"{WORDS[kind].format(**facts)} (health.stop_on_collapse)"))
         self._tell(kind, **facts)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ WORDS = {
     "plateau": "{name} stays at ln {k} = {value:.2f}, which is chance: nothing is learned. Likely causes: optimizer.lr too low "
                "or too high, a temperature too high, both views unrelated, a projector that gives every image the same, the "
                "backbone frozen",
-    "copy": "the teacher is its student: it teaches nothing. Likely causes: momentum.base_tau 0, or no weight moves",
-    "far": "the teacher's weights are {value:.2g} times the length of the student's away from them. Likely causes: "
+    "copy": "{who} is its student: it teaches nothing. Likely causes: momentum.base_tau 0, or no weight moves",
+    "far": "the weights of {who} are {value:.2g} times the length of the student's away from them. Likely causes: "
            "momentum.base_tau too near 1, optimizer.lr too high",
-    "still teacher": "the teacher stands still. Likely cause: momentum.base_tau 1",
+    "still teacher": "{who} stands still. Likely cause: momentum.base_tau 1",
     "still backbone": "no weight of the backbone moves. Likely causes: it is frozen or detached from the loss, optimizer.lr 0",
-    "own": "{value:.0%} of the neighbours are the very images that asked for them. Likely causes: the method fills its queue "
+    "own": "{value:.0%} of the neighbours in {who} are the very images that asked for them. Likely causes: the method fills its queue "
            "before it searches, the dataset holds the same images many times",
     "spike": "the loss jumped to {value:.3g} at step {step}, {factor:.1f} times the median {middle:.3g} before it; the last "
              "checkpoint stays. Likely causes: optimizer.lr too high, a batch of damaged images",
@@ -66,15 +67,23 @@ def own_neighbours(z: Tensor, neighbours: Tensor) -> Tensor:
     return (same[0] & ~same[1]).float().mean()
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def each_of(module: nn.Module, kind: type[M]) -> dict[str, M]:
+    """The parts of one kind: by ``""`` where there is one, else by ``/`` and their names."""
+    parts = {name: part for name, part in module.named_modules() if isinstance(part, kind)}
+    return parts and ({"": next(iter(parts.values()))} if len(parts) == 1 else {f"/{name}": parts[name] for name in parts})
+
+
 def of_modules(module: nn.Module) -> dict[str, Tensor]:
-    """``teacher_distance`` and ``own_neighbours`` of a method that has a `Teacher`, and a `Queue` that was searched."""
-    found = {}
-    for part in module.modules():
-        if isinstance(part, Teacher):
-            found["teacher_distance"] = part.distance()
-        if isinstance(part, Queue) and part.lookup is not None:
-            found["own_neighbours"] = own_neighbours(*part.lookup)
-    return found
+    """``teacher_distance`` of each `Teacher` and ``own_neighbours`` of each `Queue` that was searched.
+
+    Of several ``teacher_distance/NAME``, ``own_neighbours/NAME``.
+    """
+    distances = {f"teacher_distance{name}": teacher.distance() for name, teacher in each_of(module, Teacher).items()}
+    return distances | {f"own_neighbours{name}": own_neighbours(*queue.lookup)
+                        for name, queue in each_of(module, Queue).items() if queue.lookup is not None}
 
 
 class Motion:
@@ -84,12 +93,10 @@ class Motion:
         self._before: dict[str, Tensor] = {}
 
     def of(self, method: nn.Module) -> dict[str, Tensor]:
-        """``backbone moved`` and, with a `Teacher`, ``teacher moved``: 0 where nothing differs from the last call, else 1."""
-        moved = {"backbone moved": self._moved("backbone", method.get_submodule("backbone"))}
-        for part in method.modules():
-            if isinstance(part, Teacher):
-                moved["teacher moved"] = self._moved("teacher", part)
-        return moved
+        """``backbone moved`` and, for each `Teacher`, ``teacher moved``: 0 where nothing differs from the last call, else 1."""
+        watched = {"backbone moved": method.get_submodule("backbone")}
+        watched |= {f"teacher moved{name}": teacher for name, teacher in each_of(method, Teacher).items()}
+        return {name: self._moved(name, part) for name, part in watched.items()}
 
     def _moved(self, name: str, module: nn.Module) -> Tensor:
         now = torch.cat([parameter.detach().flatten()[:64].float() for parameter in module.parameters()])

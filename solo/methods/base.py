@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -136,13 +138,13 @@ class Method(pl.LightningModule):
             progress: share of the run done before this step.
 
         Returns:
-            What the modules report, e.g. the teacher's tau.
+            What the modules report, e.g. the teacher's tau; where several report one thing, ``tau/NAME`` of each.
         """
-        stepped: dict[str, float] = {}
-        for module in self.modules():
-            if isinstance(module, StepModule):
-                stepped |= module.after_step(progress)
-        return stepped
+        modules = {name: module for name, module in self.named_modules() if isinstance(module, StepModule)}
+        reports = {name: module.after_step(progress) for name, module in modules.items()}
+        several = Counter(chain(*reports.values()))
+        return {(f"{key}/{name}" if several[key] > 1 else key): value
+                for name, report in reports.items() for key, value in report.items()}
 
     # --- Lightning -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from solo.callbacks.health import HealthConfig
 from solo.callbacks.signs import jump, own_neighbours
 from solo.errors import NumericsError, reported
 from solo.experiment import experiment
+from solo.nn import Momentum, Queue, Teacher
 from solo.run import pretrain
 from solo.testing import tiny
 
@@ -96,8 +97,8 @@ MOMENTUM_0, MOMENTUM_1 = {"base_tau": 0.0, "final_tau": 0.0}, {"base_tau": 1.0, 
         ("sce", None, {"momentum": MOMENTUM_1}, "teacher stands still.*base_tau 1"),
         ("sce", lambda method: [weight.data.mul_(30) for weight in method.teacher.parameters()],
          {"momentum": {"base_tau": 0.9999}}, r"2\d times .*base_tau too near 1, optimizer.lr too high"),
-        ("nnclr", searches_its_own_batch, {}, "100% of the neighbours are the very images"),
-        ("all4one", searches_its_own_batch, {}, "100% of the neighbours are the very images"),
+        ("nnclr", searches_its_own_batch, {}, "100% of the neighbours in the queue are the very images"),
+        ("all4one", searches_its_own_batch, {}, "100% of the neighbours in the queue are the very images"),
     ],
 )
 def test_each_sign_is_told_once(tmp_path, caplog, method, change, changes, words):
@@ -105,6 +106,38 @@ def test_each_sign_is_told_once(tmp_path, caplog, method, change, changes, words
     lines = told(caplog)
     assert sum(bool(re.search(words, line)) for line in lines) == 1, lines
     assert len(set(lines)) == len(lines)
+
+
+def a_second_of_each(method):
+    """Another teacher that is its student, and another queue that is searched with what it holds."""
+    second = {"still": Teacher(method.projector, momentum=Momentum(base_tau=0.0, final_tau=0.0)), "full": Queue(32, 8)}
+    for name, module in second.items():
+        method.add_module(name, module)
+    lookup = torch.nn.functional.normalize(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    second["full"].lookup = lookup, lookup
+
+
+def test_each_teacher_and_each_queue_is_measured_and_named(tmp_path, caplog):
+    """Whichever comes last: the method's own, which learn, say nothing."""
+    for first in (False, True):
+        caplog.clear()
+
+        def change(method, first=first):
+            a_second_of_each(method)
+            if first:
+                own = [(name, method._modules.pop(name)) for name in ("teacher", "queue")]
+                method._modules.update(own)
+
+        train(tmp_path / str(first), "all4one", change, loggers=["csv"], health={**HEALTH, "plateau": 0.001})
+        assert [line.partition(".")[0] for line in told(caplog)] == [
+            "the teacher still is its student: it teaches nothing",
+            "100% of the neighbours in the queue full are the very images that asked for them",
+        ]
+        (logged,) = tmp_path.glob(f"{first}/*/csv/version_0/metrics.csv")
+        columns = set(logged.read_text().splitlines()[0].split(","))
+        assert {f"train/{what}/{name}" for what, name in (
+            ("teacher_distance", "teacher"), ("teacher_distance", "still"), ("own_neighbours", "queue"),
+            ("own_neighbours", "full"), ("tau", "teacher"), ("tau", "still"))} <= columns
 
 
 @pytest.mark.parametrize("method", ["nnclr", "all4one", "sce", "simclr"])
