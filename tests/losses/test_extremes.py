@@ -48,3 +48,21 @@ def test_value_and_gradient_are_finite(name, rows, same):
     assert loss.isfinite(), loss
     for gradient in torch.autograd.grad(loss, views[:2], allow_unused=True):
         assert gradient is None or gradient.isfinite().all(), gradient
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_leaves_a_row_that_is_not_finite_out(name, value):
+    """Whichever of its inputs the row is in: such a step must be seen, not learned from with the other rows (D6)."""
+    views = [drawn().roll(place, 0) for place in range(4)]
+    plain = LOSSES[name](*views)
+    used = 0
+    for view in views:
+        row = view[3].clone()
+        view[3] = 2 * row + 1
+        counts = not torch.equal(LOSSES[name](*views), plain)
+        view[3] = value
+        assert not (counts and LOSSES[name](*views).isfinite())
+        view[3] = row
+        used += counts
+    assert used >= 2
