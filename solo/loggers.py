@@ -1,6 +1,7 @@
 """Where a run's metrics go: Lightning's loggers by short names. None of them can end a run."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,6 +17,10 @@ from solo.experiment import Experiment
 log = logging.getLogger(__name__)
 
 AGAIN = 300.0       # seconds between two warnings of one logger
+REST = 100          # times what a failure cost: so long a logger is left alone, and a server that is down costs 1 % of a run
+
+
+WANDB = {"disable_code": True, "disable_git": True, "x_disable_meta": True, "console": "off", "init_timeout": 30}
 
 
 def loggers(config: Experiment, run_dir: Path) -> list[Logger]:
@@ -37,7 +42,7 @@ def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]
     if find_spec(package) is None:
         who, what = ("wandb.enabled=true", "'solo-ssl[wandb]'") if name == "wandb" else (f"loggers: {name}", package)
         raise EnvironmentFault(f"{who} needs the package {package}: pip install {what}")
-    if name == "wandb":         # neither code nor its changes leave this machine, and no config does
+    if name == "wandb":         # neither code nor its changes leave this machine, and no config, command line or screen does
         return lambda: pl.loggers.WandbLogger(
             name=config.title,
             project=config.wandb.project,
@@ -45,7 +50,7 @@ def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]
             offline=config.wandb.offline,
             save_dir=run_dir,
             save_code=False,
-            settings={"disable_code": True, "disable_git": True, "init_timeout": 30},
+            settings=WANDB,
         )
     kinds: dict[str, type[Logger]] = {"mlflow": pl.loggers.MLFlowLogger, "comet": pl.loggers.CometLogger}
     return kinds[name]
@@ -53,6 +58,8 @@ def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]
 
 class Spared(Logger):
     """A logger whose failures cost lines of a log and never the run: a server that is down, a disk that is full.
+
+    After a failure that took a while, it is left alone for `REST` times as long.
 
     Args:
         title: how warnings call it.
@@ -63,18 +70,24 @@ class Spared(Logger):
         super().__init__()
         self._title, self._make = title, make
         self._made: Logger | None = None
-        self._lost, self._said = 0, -AGAIN
+        self._lost, self._said, self._resting_until = 0, -AGAIN, -math.inf
         self._try(lambda made: None)
 
     def _try(self, act: Callable[[Logger], Any]) -> Any:
+        begun = time.monotonic()
+        if begun < self._resting_until:
+            self._lost += 1
+            return None
         try:
             if self._made is None:
                 self._made = self._make()
             return act(self._made)
         except Exception as error:      # each server and file system has its own
             self._lost += 1
-            if time.monotonic() - self._said >= AGAIN:
-                self._said = time.monotonic()
+            now = time.monotonic()
+            self._resting_until = now + REST * (now - begun)
+            if now - self._said >= AGAIN:
+                self._said = now
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
             return None

@@ -53,7 +53,9 @@ def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplo
     assert Server.reports == 2
 
 
-def test_down_at_the_start_is_tried_again(tmp_path, caplog):
+def test_down_at_the_start_is_tried_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: 1000.0)          # refusals that cost nothing
+
     def make():
         if Server.down:
             raise TimeoutError("no answer")
@@ -69,6 +71,24 @@ def test_down_at_the_start_is_tried_again(tmp_path, caplog):
     Server.down = False
     logger.log_metrics({"a": 1.0}, 2)
     assert Server.reports == 1 and logger.save_dir == str(tmp_path)
+
+
+def test_a_server_that_lets_one_wait_is_asked_seldom(tmp_path, monkeypatch, caplog):
+    """Weights & Biases gives up after 40 s: asked at every step, it would stop a run that it cannot end."""
+    clock, asked = [1000.0], []
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+
+    def make():
+        asked.append(clock[0])
+        clock[0] += 40
+        raise TimeoutError("no answer")
+
+    logger = Spared("x", make)
+    while clock[0] < 21_000:
+        clock[0] += 0.1                         # a step
+        logger.log_metrics({"a": 1.0}, 1)
+    assert len(asked) == 5 and 40 * len(asked) <= 0.011 * (clock[0] - 1000)
+    assert "training goes on, 1 lost so far" in warnings(caplog)[0] and len(warnings(caplog)) == 5
 
 
 def full(*arguments, **options):
@@ -99,3 +119,10 @@ def test_a_run_is_complete_without_its_loggers(fault, tmp_path, monkeypatch, cap
     assert len(warnings(caplog)) == 1
     one, other = (checkpoint.read(run.checkpoint)["state_dict"] for run in (quiet, result))
     assert all((one[key] == other[key]).all() for key in one)
+
+
+def test_weights_and_biases_knows_the_settings_that_keep_secrets():
+    """With them neither its files nor its server see the command line, the screen, code or git: looked at with 0.31.0."""
+    wandb = pytest.importorskip("wandb")
+    kept = wandb.Settings(**loggers.WANDB)
+    assert kept.x_disable_meta and kept.disable_code and kept.disable_git and kept.console == "off"
