@@ -127,7 +127,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     if config.compile:
         compile_networks(method, trainer.strategy.root_device)
     meet(trainer, config.step_timeout)
-    alike(config, trainer.strategy.root_device, data.listing)
+    alike(config, trainer.strategy.root_device, data.listing, method)
     start = begin(config, run_dir, method, trainer)
     with start.lease:
         if start.path is not None and start.complete:

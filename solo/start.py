@@ -15,7 +15,7 @@ import torch
 
 from solo import checkpoint, continuing
 from solo.console import say
-from solo.dist import end_together, gather_text, rank
+from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment, flat
 from solo.files import sweep, write_link
@@ -108,19 +108,23 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     return str(path), path.stat().st_size, complete
 
 
-def alike(config: Experiment, device: torch.device | str = "cpu", images: str = "") -> None:
-    """Hold every rank's config, code, torch and training images against rank 0's.
+def alike(
+    config: Experiment, device: torch.device | str = "cpu", images: str = "", method: torch.nn.Module | None = None
+) -> None:
+    """Hold every rank's config, code, torch, training images and initial weights against rank 0's.
 
     Args:
         config: this process's.
         device: see `gather_text`.
         images: `DataModule.listing`.
+        method: as it was built, before anything is sent from rank to rank.
 
     Raises:
         ConfigError: on rank 0, naming what differs; the others leave.
     """
     facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
     facts["the list of training images"] = images
+    facts["the initial weights"] = _weights(method) if method is not None and world_size() > 1 else ""
     text = json.dumps(facts, default=str)
     digests = gather_text(hashlib.sha256(text.encode()).hexdigest(), device)
     if digests == digests[:64] * (len(digests) // 64):
@@ -132,6 +136,14 @@ def alike(config: Experiment, device: torch.device | str = "cpu", images: str = 
         what = ", ".join(f"{key}={theirs.get(key)} (rank 0: {first.get(key)})" for key in differ[:5])
         problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
     end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
+
+
+def _weights(method: torch.nn.Module) -> str:
+    """Fingerprint of a state dict: to the bit."""
+    digest = hashlib.sha256()
+    for name, value in method.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _code() -> str:

@@ -140,3 +140,29 @@ def test_exit_codes_of_the_error_page():
     raised = {(kind.exit_code, kind.kind) for kind in kinds if kind is not Interrupted}
     assert {(int(code), name) for code, name in rows} == raised
     assert Interrupted.kind == "interrupted" and Interrupted("", 15).exit_code == 143
+
+
+CATALOGUE = {"A": 25, "B": 20, "C": 26, "D": 10, "E": 12, "F": 8}      # faults of each kind that were asked for
+
+
+def test_each_fault_of_the_catalogue_has_a_row():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = set()
+    for first in re.findall(r"^\| ((?:[A-F]\d+[-, ]*)+)", page, re.MULTILINE):
+        for letter, start, _, end in re.findall(r"([A-F])(\d+)(-[A-F](\d+))?", first):
+            named |= {f"{letter}{number}" for number in range(int(start), int(end or start) + 1)}
+    wanted = {f"{letter}{number}" for letter, count in CATALOGUE.items() for number in range(1, count + 1)}
+    assert len(wanted) == 101 and not wanted - named, sorted(wanted - named)
+
+
+def test_tests_that_the_reliability_page_names_are_there():
+    """A name that ends with dots stands for those that begin so."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    sources = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    defined = set(re.findall(r"^    ?(?:async )?def (\w+)|^def (\w+)", "\n".join(sources.values()), re.MULTILINE))
+    functions = {name for pair in defined for name in pair if name}
+    for name, dots in re.findall(r"(?<![\w/])(test_\w+)(\.\.\.)?(?!\.py|\w|/)", page):
+        found = name in functions or dots and any(each.startswith(name) for each in functions)
+        assert found or any(path.stem == name for path in sources), name
+    for name in re.findall(r"(?:tests/)?((?:\w+/)*test_\w+\.py)", page):
+        assert any(path.as_posix().endswith(name) for path in sources), name

@@ -1,5 +1,6 @@
 """Every command, asked for what cannot be: one line per problem, the kind's exit code, no traceback (docs/errors.md)."""
 
+import ast
 import re
 import runpy
 import sys
@@ -110,6 +111,23 @@ def test_every_kind_has_its_own_code():
     assert len(set(codes)) == len(codes) and Interrupted("x", 15).exit_code == 143
     page = (ROOT / "docs" / "errors.md").read_text()
     assert all(re.search(rf"\| {code} \|", page) for code in codes if code != 1)
+
+
+def test_every_error_of_the_source_is_of_a_kind_of_the_page():
+    """A kind has the word its lines begin with and its code there, and nothing else ends a process with a number of its own."""
+    page = (ROOT / "docs" / "errors.md").read_text()
+    kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SoloError)}
+    for kind in kinds.values():
+        code = "128 + n" if kind is Interrupted else kind.exit_code
+        assert re.search(rf"^\| {re.escape(str(code))} \| `{kind.kind}`", page, re.MULTILINE), kind
+    for path in sorted((ROOT / "solo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & set(kinds) and path.stem != "errors":
+                given = {ast.unparse(target) for part in node.body if isinstance(part, ast.Assign) for target in part.targets}
+                assert not given & {"kind", "exit_code"}, f"{path}: {node.name}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("SystemExit", "sys.exit", "exit", "quit"):
+                number = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                assert number in ([], [0]), f"{path}:{node.lineno} {ast.unparse(node)}"
 
 
 def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):

@@ -57,10 +57,10 @@ class Fault(pl.Callback):
 quiet_libraries()
 mine = int(os.environ.get("LOCAL_RANK", 0)) == where
 seed = 6 if fault == "seed" and mine else 5
-if fault == "another address":
+if fault in ("MASTER_PORT", "MASTER_ADDR"):
     solo.strategy.MEETING = 4.0
     if mine:
-        os.environ["MASTER_PORT"] = "9"     # nobody is there
+        os.environ[fault] = {"MASTER_PORT": "9", "MASTER_ADDR": "nowhere.invalid"}[fault]      # nobody is there
 config = tiny("nnclr", "runs", devices=2, max_epochs=2, step_timeout=8.0, seed=seed, method_kwargs={"queue_size": 32})
 with reported():
     pretrain(experiment(config), [Fault()])
@@ -167,7 +167,8 @@ def test_a_given_port_in_use(tmp_path):
     assert (code, lines) == (5, [f"environment error: rank 0 did not meet the others ({meeting}): the port is in use"])
 
 
-def test_another_address(tmp_path):
-    code, _, lines = start(tmp_path, "another address", 1)
+@pytest.mark.parametrize("other", ["MASTER_PORT", "MASTER_ADDR"])
+def test_another_address(tmp_path, other):
+    code, _, lines = start(tmp_path, other, 1)
     late = re.compile(r"environment error: rank \d did not meet the others .* not within 4 s")
     assert code == 5 and lines and all(map(late.match, lines)), lines

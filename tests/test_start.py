@@ -152,6 +152,23 @@ def test_ranks_that_list_other_images_stop_together(tmp_path):
     assert first.startswith("ConfigError rank 1 differs: the list of training images=") and second == "SystemExit 0"
 
 
+def built_alike(rank, change):
+    method = build(experiment(values("nnclr", "runs")))
+    if rank == 1 and change:
+        method.queue.keys[3, 1] += 1e-6
+    try:
+        start.alike(experiment(values("nnclr", "runs")), method=method)
+    except (ConfigError, SystemExit) as error:
+        return f"{type(error).__name__} {error}"
+    return "alike"
+
+
+def test_ranks_that_begin_with_other_weights_stop_together():
+    assert run_ranks(built_alike, False) == ["alike", "alike"]
+    first, second = run_ranks(built_alike, True)
+    assert first.startswith("ConfigError rank 1 differs: the initial weights=") and second == "SystemExit 0"
+
+
 def held_alike(rank, change, code):
     start._code = lambda: code[rank]
     try:
