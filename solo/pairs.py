@@ -55,7 +55,7 @@ def _of_steps(config: Experiment, batches: int, global_batch: int) -> Iterator[s
     batches = _limited(batches, given.get("overfit_batches") or given.get("limit_train_batches"))
     accumulated = given.get("accumulate_grad_batches", 1)
     if accumulated > batches:
-        yield f"accumulate_grad_batches={accumulated} is more than the {batches} batches of an epoch: no step would have them all"
+        yield f"accumulate_grad_batches={accumulated} is more than the {batches} batches of an epoch: no step has so many"
     interval = given.get("val_check_interval")
     if type(interval) is int and interval > batches and given.get("check_val_every_n_epoch", 1) is not None:
         yield (f"val_check_interval={interval} is more than the {batches} batches of an epoch: "

@@ -24,8 +24,8 @@ WORDS = {
            "momentum.base_tau too near 1, optimizer.lr too high",
     "still teacher": "{who} stands still. Likely cause: momentum.base_tau 1",
     "still backbone": "no weight of the backbone moves. Likely causes: it is frozen or detached from the loss, optimizer.lr 0",
-    "own": "{value:.0%} of the neighbours in {who} are the very images that asked for them. Likely causes: the method fills its queue "
-           "before it searches, the dataset holds the same images many times",
+    "own": "{value:.0%} of the neighbours in {who} are the very images that asked for them. Likely causes: the method "
+           "fills its queue before it searches, the dataset holds the same images many times",
     "spike": "the loss jumped to {value:.3g} at step {step}, {factor:.1f} times the median {middle:.3g} before it; the last "
              "checkpoint stays. Likely causes: optimizer.lr too high, a batch of damaged images",
 }
