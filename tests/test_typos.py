@@ -1,6 +1,7 @@
 """Every single-letter slip in every key of every shipped config is refused, and nearly always with the right key offered."""
 
 import copy
+import re
 import string
 
 import pytest
@@ -42,49 +43,67 @@ def slips(word, letters):
         yield word[:i] + word[i + 1 : i + 2] + word[i : i + 1] + word[i + 2 :]
 
 
-def places(values, path=()):
-    """Paths of all keys, through lists."""
+def blocks(values, path=()):
+    """Paths of all dictionaries that have keys, through lists."""
+    if isinstance(values, dict) and values:
+        yield path
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(key, str):
-            yield (*path, key)
         if isinstance(value, (dict, list)):
-            yield from places(value, (*path, key))
+            yield from blocks(value, (*path, key))
 
 
-def renamed(values, path, name):
-    """The config with one key called otherwise, and its siblings."""
+def inside(values, path):
+    for key in path:
+        values = values[key]
+    return values
+
+
+def renamed(values, path, names):
+    """The config with keys of one block called otherwise."""
     values = copy.deepcopy(values)
-    block = values
-    for key in path[:-1]:
-        block = block[key]
-    siblings = set(block)
-    block[name] = block.pop(path[-1])
-    return values, siblings
+    block = inside(values, path)
+    changed = {names.get(key, key): value for key, value in block.items()}
+    block.clear()
+    block.update(changed)
+    return values
 
 
 def words(path):
     return ".".join(key if isinstance(key, str) else "[]" for key in path)
 
 
+def said_of(file, values):
+    try:
+        judge(file, values)
+    except ConfigError as error:
+        return str(error)
+
+
 def judged(letters):
-    """(typed, meant, what was said or None where it was taken) for each slip in each key of the shipped configs."""
+    """(typed, meant, what was said or None where it was taken) for each slip in each key of the shipped configs.
+
+    All errors are told at once, so one slip in each key of a block is judged together, and alone where nothing names it.
+    """
     seen = set()
     for file in CONFIGS:
         values = config.load(file, ["data.train_path=somewhere"] * (file.parts[-3] == "pretrain"))
-        for path in places(values):
+        for path in blocks(values):
             # timm judges backbone.kwargs when it builds; representations are names of a registry
-            place = file.relative_to(ROOT / "scripts").parts[0], words(path)        # each command has a schema of its own
-            if place in seen or path[:-1] in (("backbone", "kwargs"), ("method_kwargs", "representations")):
+            if path in (("backbone", "kwargs"), ("method_kwargs", "representations")):
                 continue
-            seen.add(place)
-            for typed in {*slips(path[-1], letters)} - {path[-1]}:
-                changed, siblings = renamed(values, path, typed)
-                if typed in siblings:
-                    continue
-                try:
-                    yield typed, path[-1], judge(file, changed)
-                except ConfigError as error:
-                    yield typed, path[-1], str(error)
+            keys, command = set(inside(values, path)), file.relative_to(ROOT / "scripts").parts[0]
+            places = {(command, words((*path, key))): key for key in keys}          # each command has a schema of its own
+            wanted = {key: sorted({*slips(key, letters)} - keys) for place, key in places.items() if place not in seen}
+            seen |= set(places)
+            while any(wanted.values()):
+                names = {}
+                for key, typed in wanted.items():
+                    if typed and typed[-1] not in names.values():
+                        names[key] = typed.pop()
+                lines = (said_of(file, renamed(values, path, names)) or "").splitlines()
+                for meant, typed in names.items():
+                    own = [line for line in lines if re.match(rf"unknown key (\S+\.)?{re.escape(typed)}(:| \()", line)]
+                    yield typed, meant, "\n".join(own) or said_of(file, renamed(values, path, {meant: typed}))
 
 
 @pytest.mark.parametrize("letters", ["e_", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
