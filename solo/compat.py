@@ -29,6 +29,8 @@ _MOVED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "knn_eval.T": ("knn.temperature", lambda value: value),
     "knn_eval.distance_func": ("knn.distance", lambda value: value),
 }
+# The data sets that solo-learn reads from HDF5 files when data.format is h5.
+_IN_HDF5 = ("imagenet", "imagenet100")
 # Blocks that exist there only: whatever else they hold is unknown.
 _THEIRS = ("auto_resume", "knn_eval", "performance")
 
@@ -40,10 +42,11 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         values: a composed config, left as it is.
 
     Returns:
-        The config, a line for each key that is read by nobody, and a line for each that is unknown.
+        The config, a line for each key that is read by nobody or differently, and a line for each that is unknown.
     """
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    ignored = [f"{path} is ignored: {reason}" for path, reason in _IGNORED.items() if _take(values, path) is not _ABSENT]
+    ignored = _in_hdf5(values)
+    ignored += [f"{path} is ignored: {reason}" for path, reason in _IGNORED.items() if _take(values, path) is not _ABSENT]
     for path, (own, convert) in _MOVED.items():
         value = _take(values, path)
         if value is not _ABSENT and value is not None:
@@ -58,6 +61,16 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         inside = [path.removeprefix(f"{name}.") for path in known if path.startswith(f"{name}.")]
         unknown += [unknown_key(key, name, inside) for key in block]
     return values, ignored, unknown
+
+
+def _in_hdf5(values: dict[str, Any]) -> list[str]:
+    """Say ``data.format: h5`` as ``data.dataset: hdf5``; the line that tells it, where it was said."""
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("format") != "h5" or data.get("dataset") not in _IN_HDF5:
+        return []
+    del data["format"]
+    data["dataset"] = "hdf5"
+    return ["data.format=h5 is read as data.dataset=hdf5: every class in the file, also where that is more than ImageNet-100"]
 
 
 _ABSENT = object()

@@ -6,10 +6,10 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)\.\w+\.tmp")
@@ -26,23 +26,29 @@ def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) ->
     Returns:
         SHA-256 of the content, hexadecimal.
     """
-    path = Path(path)
+    with replaced(Path(path)) as file:
+        file.write(write) if isinstance(write, bytes) else write(file)
+        file.flush()
+        file.seek(0)
+        return _sha256(file)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """An empty file beside ``path`` to write to; it takes that name when the block ends, and goes if an error ends it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{HOST}-{os.getpid()}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            file.write(write) if isinstance(write, bytes) else write(file)
+    prefix = f".{path.name}.{HOST}-{os.getpid()}."
+    with tempfile.NamedTemporaryFile("w+b", dir=path.parent, prefix=prefix, suffix=".tmp", delete=False) as file:
+        try:
+            yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-            file.seek(0)
-            digest_hex = _sha256(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
-    return digest_hex
 
 
 def write_link(path: Path, target: str | Path) -> None:

@@ -215,8 +215,22 @@ def test_moved_blocks():
     assert their(resume_from_checkpoint=None).resume == "auto"
 
 
-def test_translation_leaves_its_input_alone():
-    given = {"auto_resume": {"enabled": True}, "data": {"format": "dali", "dataset": "x"}, "knn_eval": {"k": 1}}
+@pytest.mark.parametrize("dataset", ["imagenet", "imagenet100", "custom"])
+def test_hdf5_is_a_dataset_here(dataset):
+    data = {"dataset": dataset, "format": "h5", "train_path": "train.h5", "val_path": "val.h5"}
+    told, lines, unknown = translate({"data": data})
+    if dataset == "custom":         # solo-learn reads a folder all the same
+        assert told["data"]["dataset"] == "custom" and lines[0].startswith("data.format is ignored")
+    else:
+        assert told["data"] == {"dataset": "hdf5", "train_path": "train.h5", "val_path": "val.h5"}
+        assert lines[0].startswith("data.format=h5 is read as data.dataset=hdf5: ")
+    assert len(lines) == 1 and not unknown
+    assert their(data=data | {"dataset": "imagenet"}).data.dataset == "hdf5"
+
+
+@pytest.mark.parametrize("format", ["dali", "h5"])
+def test_translation_leaves_its_input_alone(format):
+    given = {"auto_resume": {"enabled": True}, "data": {"format": format, "dataset": "imagenet"}, "knn_eval": {"k": 1}}
     before = {key: dict(block) for key, block in given.items()}
     translate(given)
     assert given == before

@@ -46,6 +46,7 @@ HOMES = {
     "triton": "kernels/",
     "submitit": "launch.py",
     "numba": ("data/", "kernels/", "bench/"),
+    "h5py": "data/hdf5_content.py",
     "nvidia": "data/engines/dali.py",
     "wandb": "loggers.py",
     "umap": "eval/umap.py",

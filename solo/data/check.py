@@ -10,13 +10,12 @@ import numpy as np
 from solo.console import quiet_libraries
 from solo.data.check_report import Finding, Group, Part, Place, draw, show, summary
 from solo.data.config import DataConfig
-from solo.data.datasets import DATASETS
+from solo.data.datasets import DATASETS, kind_of
 from solo.data.duplicates import FLAT, contrast, equal_groups, similar_groups
 from solo.data.scan import scan as look_at
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 
 _SMALL, _LONG = 8, 8  # shorter side in pixels; longer side over the shorter one
-_BY_SUFFIX = {".npz": "npz", ".tar": "tar"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m solo.data.check", description=__doc__)
-    parser.add_argument("path", nargs="?", metavar="PATH", help="as data.train_path: a folder, a .npz or a .tar file")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="as data.train_path: a folder, a .npz, .tar or .h5 file")
     parser.add_argument("--val", metavar="PATH", help="as data.val_path; default: what data.dataset finds by itself")
     parser.add_argument("--dataset", metavar="NAME", help="as data.dataset; default: by the kind of PATH")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there, every file by name")
@@ -62,10 +61,7 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
     if dataset is None:
         if arguments.path is None:
             raise ConfigError("give the PATH of the images, or --dataset NAME")
-        path = Path(arguments.path)
-        dataset = _BY_SUFFIX.get(path.suffix.lower()) if path.is_file() else "image_folder"
-        if dataset is None:
-            raise ConfigError(f"{path} is neither a folder nor a .npz or .tar file; --dataset NAME says what it is")
+        dataset = kind_of(arguments.path)
     try:
         return DataConfig(dataset=dataset, train_path=arguments.path, val_path=arguments.val, num_workers=arguments.workers)
     except ValueError as error:

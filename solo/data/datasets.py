@@ -14,6 +14,7 @@ from solo.data.cifar20 import superclasses
 from solo.data.config import DataConfig
 from solo.data.decoding import convert_channels
 from solo.data.digits import colored_digits, digits
+from solo.data.hdf5 import open_hdf5
 from solo.data.sources import (
     ArraySource,
     EncodedSource,
@@ -52,10 +53,26 @@ class DatasetSpec:
 
 
 DATASETS: Registry[DatasetSpec] = Registry("solo.datasets", DatasetSpec)
+_BY_SUFFIX = {".npz": "npz", ".tar": "tar", ".h5": "hdf5", ".hdf5": "hdf5"}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+def kind_of(path: str | Path) -> str:
+    """The row that reads what lies there: a folder, or a file by its extension.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return "image_folder"
+    if path.suffix.lower() not in _BY_SUFFIX:
+        known = f"{', '.join([*_BY_SUFFIX][:-1])} or {[*_BY_SUFFIX][-1]}"
+        raise ConfigError(f"{path} is neither a folder nor a {known} file; --dataset NAME says what it is")
+    return _BY_SUFFIX[path.suffix.lower()]
 
 
 def statistics(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -210,14 +227,22 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
     return EncodedSource(data, offsets, rows, labels[rows], [str(name) for name in names], config.in_chans or 3, path)
 
 
-def _tar(config: DataConfig, train: bool) -> Source | None:
-    """Each part is an uncompressed tar file of its own."""
-    path, key = _required(config, "a .tar file of images"), "data.train_path"
-    if not train:
-        if config.val_path is None:
-            return None
-        path, key = Path(config.val_path), "data.val_path"
-    return TarSource(path, "", config.in_chans or 3, key)
+def _file_per_part(suffix: str, source: Callable[[Path, int, str], Source]) -> Opener:
+    """Each part is a file of its own."""
+
+    def open(config: DataConfig, train: bool) -> Source | None:
+        path, key = _required(config, f"a {suffix} file of images"), "data.train_path"
+        if not train:
+            if config.val_path is None:
+                return None
+            path, key = Path(config.val_path), "data.val_path"
+        return source(path, config.in_chans or 3, key)
+
+    return open
+
+
+_tar = _file_per_part(".tar", lambda path, in_chans, key: TarSource(path, "", in_chans, key))
+_hdf5 = _file_per_part(".h5", open_hdf5)
 
 
 _add("digits", 10, 32, (0.308,) * 3, (0.349,) * 3, _embedded(digits))
@@ -240,4 +265,5 @@ _add("imagenet100", 100, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
 _add("image_folder", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _folder)
 _add("npz", 0, 32, CIFAR10_MEAN, CIFAR10_STD, _npz)
 _add("tar", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _tar)
+_add("hdf5", 0, 224, IMAGENET_MEAN, IMAGENET_STD, _hdf5)
 _add("fake", 0, 32, (0.5,) * 3, (0.25,) * 3, _fake)

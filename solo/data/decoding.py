@@ -3,6 +3,7 @@
 import errno
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,12 @@ class BadImage(Exception):
 
 
 def read_file(path: Path) -> bytes:
-    """The file's bytes; an error that may pass is given three more tries.
+    """The file's bytes; tries and errors as of `patiently`."""
+    return patiently(path.read_bytes, path)
+
+
+def patiently(read: Callable[[], bytes], path: Path) -> bytes:
+    """What ``read`` returns of a file; an error that may pass is given three more tries.
 
     Raises:
         BadImage: it cannot be read.
@@ -37,7 +43,7 @@ def read_file(path: Path) -> bytes:
     """
     for wait in (*_WAITS, None):
         try:
-            return path.read_bytes()
+            return read()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from solo.data.decoding import BadImage, decode, read_file
 from solo.data.random import integers
 from solo.errors import ConfigError
 
+T = TypeVar("T")
 _SIZED = 4096  # files of a folder whose sizes are asked for, evenly spread: a network may take a millisecond for each
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 
@@ -63,6 +64,11 @@ def listing(source: Source) -> str:
     """A short name for which images a source holds: how many, their names, labels and sizes."""
     own: object = getattr(source, "listing", lambda: None)()
     return digest(len(source), source.classes, np.asarray(source.labels, dtype=np.int64).tobytes(), own)
+
+
+def spread(items: list[T]) -> list[T]:
+    """All of them, or of many at most `_SIZED`, evenly spread."""
+    return items[:: max(1, -(-len(items) // _SIZED))]
 
 
 def _size(path: Path) -> int:
@@ -224,8 +230,7 @@ class FolderSource:
         return digest(str(self.root.resolve()), stamps, self._in_chans)
 
     def listing(self) -> object:
-        asked = self._files[:: -(-len(self) // _SIZED)]
-        return self._files, [_size(self.root / file) for file in asked]
+        return self._files, [_size(self.root / file) for file in spread(self._files)]
 
 
 def _without_classes(files: list[str]) -> str | None:

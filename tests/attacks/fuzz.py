@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -18,12 +19,13 @@ from solo.config_files import CheckedFiles
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.decoding import BadImage, decode
+from solo.data.hdf5 import open_hdf5
 from solo.data.sources import Source
 from solo.data.tar import TarSource
 from solo.data.voc import read_annotation
 from solo.errors import ConfigError, DataError
 from solo.reading import read_safetensors
-from tests.attacks import configs, datasets
+from tests.attacks import configs, datasets, hdf5
 from tests.attacks.checkpoints import ROW, W, manifest, safetensors, save, whole
 from tests.attacks.sandbox import MIB, SECONDS, confined
 
@@ -46,6 +48,16 @@ def read_all(source: Source | None) -> None:
 
 def read_npz(file: Path) -> None:
     read_all(DATASETS["npz"].open(DataConfig(dataset="npz", train_path=str(file)), True))
+
+
+def read_hdf5(file: Path) -> None:
+    read_all(open_hdf5(file, 3, "key"))
+
+
+def read_packed(file: Path) -> None:
+    """As if who damaged it had set its checksum right."""
+    with mock.patch("solo.data.hdf5.checksum", lambda **arrays: 1):
+        read_hdf5(file)
 
 
 def read_jpeg(file: Path) -> None:
@@ -75,6 +87,8 @@ PARSERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
     "x.npz": (lambda file: datasets.npz()(file, NOWHERE), read_npz),
     "x.tar": (lambda file: datasets.tar(("a/1.png", {}, datasets.png(8, 8)))(file, NOWHERE),
               lambda file: read_all(TarSource(file, "", 3, "key"))),
+    "packed.h5": (hdf5.good_unsealed, read_packed),
+    "groups.h5": (hdf5.good_groups, read_hdf5),
     "x.jpg": (lambda file: file.write_bytes(datasets.jpeg()), read_jpeg),
     "x.png": (lambda file: file.write_bytes(datasets.png(16, 16)), read_jpeg),
     "x.xml": (lambda file: file.write_text(XML), read_xml),

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.attacks import checkpoints, configs, datasets
+from tests.attacks import checkpoints, configs, datasets, hdf5
 from tests.attacks.registry import ATTACKS
 
-__all__ = ["ATTACKS", "checkpoints", "configs", "datasets", "made"]
+__all__ = ["ATTACKS", "checkpoints", "configs", "datasets", "hdf5", "made"]
 
 SUFFIXES = {
     "checkpoint": ".ckpt", "safetensors": ".safetensors", "manifest": ".json", "yaml": ".yaml", "npz": ".npz", "tar": ".tar",
-    "tar-left-out": ".tar", "image": ".jpg", "voc": ".xml", "results": ".json", "search": ".json",
+    "hdf5": ".h5", "tar-left-out": ".tar", "image": ".jpg", "voc": ".xml", "results": ".json", "search": ".json",
 }
 
 

@@ -36,7 +36,7 @@ IMAGE = 640 * MIB               # of memory, for the largest image that is read:
 SLOW = {
     "checkpoint/bomb", "checkpoint/many-keys", "checkpoint/many-members", "checkpoint/a-million-lists", "npz/bomb",
     "npz/header-giant", "safetensors/header-of-80-MiB", "image/png-bomb", "image/png-text-bomb", "image/png-profile-bomb",
-    "tar/compressed-bomb", "checkpoint/overlap",
+    "tar/compressed-bomb", "checkpoint/overlap", "hdf5/gzip-bomb", "hdf5/gzip-bomb-declared",
 }
 
 
@@ -126,8 +126,8 @@ def write_results(file: Path, name: str) -> None:
 
 READERS: dict[str, Callable[[Path, str], object]] = {
     "checkpoint": read_checkpoint, "safetensors": lambda file, name: export.load(file), "manifest": read_manifest,
-    "yaml": run_command, "npz": read_images, "tar": read_images, "tar-left-out": read_rest_of_tar, "image": read_picture,
-    "voc": read_voc, "results": write_results, "search": lambda file, name: tuning._read(file),
+    "yaml": run_command, "npz": read_images, "tar": read_images, "hdf5": read_images, "tar-left-out": read_rest_of_tar,
+    "image": read_picture, "voc": read_voc, "results": write_results, "search": lambda file, name: tuning._read(file),
 }
 HARMLESS = ("tar-left-out", "results")      # read, without what does not belong there
 

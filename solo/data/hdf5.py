@@ -1,0 +1,251 @@
+"""Encoded images in one HDF5 file, of either of two layouts.
+
+Packed, as `solo.data.pack` writes it. Once such a file is open it needs HDF5 no longer: each image is one read at a known
+place. Its root has
+
+- ``bytes``: a group of uint8 vectors, which in the order of their names make one long one; no image lies in two of them
+- ``offsets`` [N + 1] int64: image i is ``bytes[offsets[i] : offsets[i + 1]]``
+- ``labels`` [N] int64, -1 where there is none; ``names`` [N] and ``classes`` [K], UTF-8 of fixed length
+- the attributes ``solo_images``, 1, and ``complete``, set last: the `checksum` of the four arrays
+
+Grouped, as solo-learn writes it: a group per class, in it a dataset per image.
+"""
+
+import functools
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from solo.console import say
+from solo.data.decoding import BadImage, decode, patiently
+from solo.data.hdf5_content import library, members, read_image, read_number, reason, stored_size, text, vector_in
+from solo.data.sources import Source, digest, spread, stamp
+from solo.errors import ConfigError, DataError, SoloError
+
+MARK, COMPLETE = "solo_images", "complete"
+ARRAYS = {"offsets": ("i", "u"), "labels": ("i", "u"), "names": ("S",), "classes": ("S",)}  # numpy's letters of types
+
+
+def open_hdf5(path: Path, in_chans: int, key: str) -> Source:
+    """The images of a file of either layout.
+
+    Args:
+        key: the setting that errors name.
+
+    Raises:
+        ConfigError: the file is missing, no HDF5, or of another layout.
+        DataError: it is damaged, incomplete, or not data only.
+        EnvironmentFault: h5py is not installed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{key}={path} is not a file; data.dataset=hdf5 reads one HDF5 file of encoded images")
+    h5py = library()
+    try:
+        path.open("rb").close()
+        known = stamp(path)
+        if not h5py.is_hdf5(path):
+            raise ConfigError(f"{key}={path} is no HDF5 file")
+        with _opened(path, known) as file:
+            packed = MARK in file.attrs
+            others = [] if packed else [name for name in members(file) if not isinstance(file[name], h5py.Group)]
+            if others:
+                raise ConfigError(f"{key}={path}: {text(others[0])} is no group of images, and solo.data.pack did not write it")
+            source = (PackedSource if packed else GroupedSource)(path, file, known, in_chans)
+        if not len(source):
+            raise ConfigError(f"{key}={path} holds no images: neither packed by solo.data.pack nor a group of them per class")
+    except SoloError:
+        raise
+    except Exception as error:  # h5py raises whatever the broken bytes lead it to
+        raise DataError(f"{key}={path} cannot be read: {reason(error)}") from error
+    say(f"{path}: {len(source)} images, {f'{len(source.classes)} classes' if source.classes else 'without labels'}")
+    return source
+
+
+def checksum(offsets: np.ndarray, labels: np.ndarray, names: np.ndarray, classes: np.ndarray) -> int:
+    """CRC-32 of the arrays of a packed file, numbers as little-endian int64, one after the other."""
+    total = 0
+    for array in (offsets.astype("<i8"), labels.astype("<i8"), names, classes):
+        total = zlib.crc32(array.tobytes(), total)
+    return total
+
+
+class _Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+F = TypeVar("F", bound=_Closeable)
+
+
+class PerProcess(Generic[F]):
+    """A file that each process opens for itself, when it first needs it; what a fork inherits is closed before that."""
+
+    def __init__(self, open: Callable[[], F]) -> None:
+        self._held: tuple[int, F] | None = None
+        self._open = open
+
+    @property
+    def pid(self) -> int | None:
+        """The process that opened what is held."""
+        return self._held[0] if self._held else None
+
+    def get(self) -> F:
+        if self._held is None or self._held[0] != os.getpid():
+            self.close()  # first: HDF5 would find the open file again, and share it with the parent
+            self._held = os.getpid(), self._open()
+        return self._held[1]
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held[1].close()
+            self._held = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": self._open, "_held": None}
+
+
+class _HDF5Source:
+    """What both layouts have in common."""
+
+    labels: np.ndarray
+    classes: list[str]
+
+    def __init__(self, path: Path, known: tuple[int, int], in_chans: int, open: Callable[..., Any]) -> None:
+        self.path, self._known, self._in_chans = path, known, in_chans
+        self.handle = PerProcess(functools.partial(open, path, known))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image i; `BadImage` where they cannot be read."""
+        try:
+            return patiently(lambda: self._read(i), self.path)
+        except (BadImage, SoloError):
+            raise
+        except Exception as error:  # as above
+            raise BadImage(reason(error)) from error
+
+    def _read(self, i: int) -> bytes:
+        raise NotImplementedError
+
+    def load(self, i: int) -> np.ndarray:
+        return decode(self.encoded(i), self._in_chans)
+
+    def fingerprint(self) -> str:
+        return digest(str(self.path.resolve()), self._known, self._in_chans)
+
+
+class PackedSource(_HDF5Source):
+    """The images of a packed file; arguments as of `open_hdf5`, and the open file."""
+
+    def __init__(self, path: Path, file: Any, known: tuple[int, int], in_chans: int) -> None:
+        super().__init__(path, known, in_chans, _binary)
+        if read_number(file, MARK) != 1:
+            raise ValueError("it was packed by a newer version")
+        if (promised := read_number(file, COMPLETE)) is None:
+            raise ValueError("it is incomplete: what wrote it was ended before")
+        members(file)
+        arrays = {name: vector_in(file, name, kinds, known[0])[()] for name, kinds in ARRAYS.items()}
+        if checksum(**arrays) != promised:
+            raise ValueError("its checksum is wrong")
+        self.labels = arrays["labels"].astype(np.int64)
+        self.classes = [text(name) for name in arrays["classes"]]
+        self._names = arrays["names"]
+        vectors = [vector_in(file, f"bytes/{text(name)}", ("u1",), known[0]) for name in members(file["bytes"])]
+        self._places, self._sizes = _places(arrays["offsets"].astype(np.int64), vectors, known[0])
+        if not len(self.labels) == len(self._names) == len(self._sizes):
+            raise ValueError("offsets, labels and names do not describe the same images")
+
+    def _read(self, i: int) -> bytes:
+        size = int(self._sizes[i])
+        try:
+            content = os.pread(self.handle.get().fileno(), size, int(self._places[i]))
+        except OSError:
+            self.handle.close()  # the next try opens it anew
+            raise
+        if len(content) < size:
+            raise BadImage(f"the file ends {size - len(content)} bytes before the image does")
+        return content
+
+    def name(self, i: int) -> str:
+        return f"{self.path}:{text(self._names[i])}"
+
+    def listing(self) -> object:
+        return digest(self._names.tobytes()), digest(self._sizes.tobytes())
+
+
+class GroupedSource(_HDF5Source):
+    """The images of a file that holds a group per class; arguments as of `open_hdf5`, and the open file.
+
+    The classes are the sorted names of the groups, also of empty ones.
+    """
+
+    def __init__(self, path: Path, file: Any, known: tuple[int, int], in_chans: int) -> None:
+        super().__init__(path, known, in_chans, _opened)
+        groups = members(file)
+        images = [members(file[name]) for name in groups]
+        self.classes = [text(name) for name in groups]
+        self.labels = np.repeat(np.arange(len(groups)), [len(names) for names in images])
+        self._images = [group + b"/" + name for group, names in zip(groups, images, strict=True) for name in names]
+
+    def _read(self, i: int) -> bytes:
+        try:
+            return read_image(self._dataset(i), self._known[0])
+        except OSError as error:
+            self.handle.close()
+            if error.errno is None:  # HDF5's own
+                raise BadImage(reason(error)) from error
+            raise
+
+    def _dataset(self, i: int) -> Any:
+        return library().h5d.open(self.handle.get().id, self._images[i])
+
+    def name(self, i: int) -> str:
+        return f"{self.path}:{text(self._images[i])}"
+
+    def listing(self) -> object:
+        return self._images, [self._size(i) for i in spread(list(range(len(self))))]
+
+    def _size(self, i: int) -> int:
+        """Bytes as they are stored, or -1 where nobody can tell."""
+        try:
+            return stored_size(self._dataset(i))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+            return -1
+
+
+def _checked(path: Path, known: tuple[int, int]) -> None:
+    if stamp(path) != known:
+        raise DataError(f"{path} has changed since it was opened")
+
+
+def _opened(path: Path, known: tuple[int, int]) -> Any:
+    _checked(path, known)
+    return library().File(path, "r", locking=False)  # network disks often have no locks, and nobody writes
+
+
+def _binary(path: Path, known: tuple[int, int]) -> Any:
+    _checked(path, known)
+    return path.open("rb", buffering=0)
+
+
+def _places(offsets: np.ndarray, vectors: list[Any], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each image begins in the file, and how many bytes it has."""
+    lengths = np.array([len(vector) for vector in vectors] or [0], dtype=np.int64)
+    begins = np.array([vector.id.get_offset() or 0 for vector in vectors] or [0], dtype=np.int64)
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    sizes = np.diff(offsets)
+    whole = len(offsets) and offsets[0] == 0 and offsets[-1] == bounds[-1] and (sizes >= 0).all()
+    if not whole or lengths.sum() > limit or (begins + lengths > limit).any():
+        raise ValueError("its offsets do not describe its bytes")
+    vector = np.minimum(np.searchsorted(bounds, offsets[:-1], side="right") - 1, len(lengths) - 1)
+    if (offsets[1:] > bounds[vector + 1]).any():
+        raise ValueError("an image lies in two of its vectors")
+    return begins[vector] + offsets[:-1] - bounds[vector], sizes
