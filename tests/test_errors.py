@@ -55,6 +55,8 @@ WRONG = [
     ("solo.data.check", ["none"], 2, "none"),
     ("solo.data.check", ["noise"], 3, "none of the 20 train images can be read"),
     ("solo.data.check", ["file"], 2, "file is neither a folder nor a .npz, .tar, .h5 or .hdf5 file"),
+    ("solo.data.pack", ["none", "x.h5"], 2, "data.train_path=none does not exist"),
+    ("solo.data.pack", ["noise", "file"], 2, "file"),
     ("solo.eval.voc", ["checkpoint=RUN", "root=noise"], 2, "noise"),
     ("solo.eval.voc", ["checkpoint=RUN", "rooot=noise"], 2, "unknown key rooot: did you mean root?"),
     ("solo.bench", ["data", "--nope"], 2, "unrecognized arguments: --nope"),
