@@ -20,7 +20,7 @@ Array = np.ndarray
 U = np.uint64
 f32 = np.float32
 GOLDEN = U(0x9E3779B97F4A7C15)
-ZERO, ONE, TWO, FOUR, SIX = (f32(number) for number in (0, 1, 2, 4, 6))
+ZERO, ONE, TWO, THREE, FOUR, SIX = (f32(number) for number in (0, 1, 2, 3, 4, 6))
 R, G, B = (f32(weight) for weight in LUMA)
 
 
@@ -81,7 +81,10 @@ def _draw(stream: U, view: Any, row: Any, u: Array) -> None:
 def _crop(
     pixels: Array, row: Any, view: Any, down: Any, across: Any, columns: Array, turned: Array, lines: Array, x: Array
 ) -> None:
-    """The box of an image [H * W * C] -> x [C, S * S]: along its rows, turned over, then down its columns."""
+    """The box of an image [H * W * C] -> x [C, S * S]: along its rows, turned over, then down its columns.
+
+    Each pass is few long loops, over all channels: starting a loop of `_taps` costs as much as forty of its numbers.
+    """
     channels, size = U(len(x)), U(view.size)
     top, left, height, width = U(row.box[0]), U(row.box[1]), U(row.box[2]), U(row.box[3])
     pitch = channels * height
@@ -95,16 +98,19 @@ def _crop(
         _taps(columns, U(first[i]) * pitch, pitch, weight[i], taps, turned, place * pitch, pitch)  # [S, C, h]
     for y in range(height):
         for c in range(channels):
-            source, target = c * height + y, (c * height + y) * size
+            source, target = c * height + y, (y * channels + c) * size
             for i in range(size):
-                lines[target + i] = turned[source + i * pitch]  # [C, h, S]
+                lines[target + i] = turned[source + i * pitch]  # [h, C, S]
     first, weight, taps = down[0][height], down[1][height], U(down[2][height])
+    pitch = channels * size
+    for y in range(size):
+        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, y * pitch, pitch)  # [S, C, S]
     for c in range(channels):
-        plane, start = x[c], c * height * size
+        plane = x[c]
         for y in range(size):
-            _taps(lines, start + U(first[y]) * size, size, weight[y], taps, plane, y * size, size)
-        for i in range(len(plane)):
-            plane[i] = min(max(plane[i], ZERO), ONE)
+            source, target = y * pitch + c * size, y * size
+            for i in range(size):
+                plane[target + i] = min(max(turned[source + i], ZERO), ONE)
 
 
 @inlined
@@ -171,25 +177,20 @@ def _saturation(r: Array, g: Array, b: Array, factor: f32) -> None:
 
 @fast
 def _hue(r: Array, g: Array, b: Array, shift: f32) -> None:
-    """As `kernel_torch`: back from HSV each channel is v - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6."""
+    """Back from HSV a channel is its least plus chroma times how near the hue, in sixths of a turn, is to the channel's."""
     for i in range(len(r)):
         red, green, blue = r[i], g[i], b[i]
-        value = max(red, max(green, blue))
-        chroma = value - min(red, min(green, blue))
+        value, least = max(red, max(green, blue)), min(red, min(green, blue))
+        chroma = value - least
         inverse = ONE / (chroma if chroma > ZERO else ONE)
         six = (red - green) * inverse + FOUR
         six = (blue - red) * inverse + TWO if value == green else six
         six = (green - blue) * inverse if value == red else six
         six += SIX * shift
-        r[i] = _channel(value, chroma, six + f32(5))
-        g[i] = _channel(value, chroma, six + f32(3))
-        b[i] = _channel(value, chroma, six + ONE)
-
-
-@fast
-def _channel(value: f32, chroma: f32, k: f32) -> f32:
-    k -= SIX * np.floor(k * (ONE / SIX))
-    return value - chroma * max(min(min(k, FOUR - k), ONE), ZERO)
+        six -= SIX * np.floor(six * (ONE / SIX))
+        r[i] = least + chroma * min(max(abs(six - THREE) - ONE, ZERO), ONE)
+        g[i] = least + chroma * min(max(TWO - abs(six - TWO), ZERO), ONE)
+        b[i] = least + chroma * min(max(TWO - abs(six - FOUR), ZERO), ONE)
 
 
 @fast
@@ -316,8 +317,8 @@ def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
     height, width, size = view.height, view.width, view.size
     return (
         np.zeros((width + taps) * channels * height, f32),
-        np.zeros(size * channels * height, f32),
-        np.zeros((height * channels + taps) * size, f32),
+        np.zeros(size * channels * max(height, size), f32),
+        np.zeros((height + taps) * channels * size, f32),
         np.zeros((channels, size * size), f32),
     )
 
