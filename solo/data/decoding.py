@@ -20,9 +20,35 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
 _WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
 
-# The operator itself: torchvision 0.29 warns at each call of the function around it, which is to go one day.
-_decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None) if hasattr(torchvision.io, "decode_jpeg") else None
 _RGB = 3
+
+
+def _torchvision(content: bytes) -> np.ndarray:
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    # The operator itself: torchvision 0.29 warns at each call of the function around it, which is to go one day.
+    return torch.ops.image.decode_jpeg(data, _RGB, False).permute(1, 2, 0).numpy()
+
+
+def _fastest() -> Callable[[bytes], np.ndarray] | None:
+    """What makes RGB [H, W, 3] of a JPEG's bytes: Pillow's pixels whoever does; ``None`` leaves it to Pillow."""
+    slower = _torchvision if hasattr(torchvision.io, "decode_jpeg") and hasattr(torch.ops.image, "decode_jpeg") else None
+    try:
+        import simplejpeg
+    except ImportError:
+        return slower
+
+    def quick(content: bytes) -> np.ndarray:
+        try:
+            return simplejpeg.decode_jpeg(content)
+        except ValueError:
+            if slower is None:
+                raise
+            return slower(content)  # is less strict, and alone judges what is bad
+
+    return quick
+
+
+_decode_jpeg = _fastest()
 
 
 class BadImage(Exception):
@@ -56,7 +82,7 @@ def patiently(read: Callable[[], bytes], path: Path) -> bytes:
 def decode(content: bytes, in_chans: int) -> np.ndarray:
     """Any image Pillow reads, as [H, W, in_chans] uint8: RGB or grey, upright.
 
-    JPEGs, whose header Pillow has checked, are decoded by torchvision: the same pixels in less time.
+    JPEGs, whose header Pillow has checked, are decoded by simplejpeg or torchvision: the same pixels in less time.
 
     Raises:
         BadImage: the bytes are no complete image, or declare more than `MAX_PIXELS`.
@@ -67,8 +93,7 @@ def decode(content: bytes, in_chans: int) -> np.ndarray:
                 raise BadImage(f"declares {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             upright = image.getexif().get(_ORIENTATION, 1) == 1
             if _decode_jpeg is not None and image.format == "JPEG" and image.mode == "RGB" and in_chans == 3 and upright:
-                data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return _decode_jpeg(data, _RGB, False).permute(1, 2, 0).numpy()
+                return _decode_jpeg(content)
             image.load()
             return _channels(image if upright else ImageOps.exif_transpose(image), in_chans)
     except BadImage:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,31 @@ def test_every_kind_of_image_becomes_rgb() -> None:
     assert decode(encoded(Image.new("RGB", (1, 5000)), "PNG").getvalue(), 3).shape == (5000, 1, 3)
 
 
+@pytest.fixture(params=["torchvision", "simplejpeg"])
+def jpegs_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(decoding, "_decode_jpeg", decoding._torchvision)
+
+
+@pytest.mark.usefixtures("jpegs_by")
+def test_a_jpeg_has_pillows_pixels() -> None:
+    for progressive, subsampling, quality, (height, width) in product((False, True), (0, 1, 2), (30, 95), ((40, 64), (17, 33))):
+        options = {"progressive": progressive, "subsampling": subsampling, "quality": quality}
+        file = encoded(Image.fromarray(picture(quality, height, width)), "JPEG", **options)
+        pixels = decode(file.getvalue(), 3)
+        assert np.array_equal(pixels, np.asarray(Image.open(file))) and pixels.flags.writeable, options
+
+
+@pytest.mark.usefixtures("jpegs_by")
+def test_a_jpeg_that_libjpeg_only_warns_of_is_read() -> None:
+    good = encoded(Image.fromarray(picture(1, 40, 40)), "JPEG").getvalue()
+    odd = good[:-2] + b"\0\0\0" + good[-2:]  # extraneous bytes before the end: some of ImageNet's files have them
+    assert np.array_equal(decode(odd, 3), decode(good, 3))
+
+
+@pytest.mark.usefixtures("jpegs_by")
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_bytes_are_a_bad_image(kind: str) -> None:
     with pytest.raises(BadImage):
