@@ -20,6 +20,7 @@ from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
 from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.bench.peers import PEERS, Peer, peer
 from solo.config import load
 from solo.data.config import KernelName
 from solo.data.engines import Job, Slot
@@ -40,10 +41,13 @@ BATCHES = (64, 256, 1024, 4096)
 SIZES = (5_000, 50_000)
 _STEP = 0.02  # seconds a training step is taken to last
 _OURS, _THEIRS = 8192, 384  # images of one measurement: about as long for both
+_TIMES = 4  # as many views, as in multi-crop
+_LOOKED_AT, _LOOKS = 4096, 0.1  # images whose views are held to a peer's, and how far their looks may differ
 
 
 def main(argv: list[str]) -> None:
     arguments = _arguments(argv)
+    other = peer(arguments.peer) if arguments.peer else None
     torch.set_num_threads(1)
     config = _experiment(arguments)
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
@@ -53,11 +57,15 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--stage is for images above 64 px: small ones have one stage")
     print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
     print(correctness(data), flush=True)
-    rows = compare(data.job, arguments.pairs, data.batch_size)
-    rows += first_batch(data, epochs=arguments.pairs)
-    rows += flatness(data.job, rounds=arguments.pairs)
+    if other:
+        rows = [against(data, other(data.job), arguments.pairs)]
+    else:
+        rows = compare(data.job, arguments.pairs, data.batch_size)
+        rows += first_batch(data, epochs=arguments.pairs)
+        rows += flatness(data.job, rounds=arguments.pairs)
+        rows.append(many_views(data.job, arguments.pairs, data.batch_size))
     print(table(rows), flush=True)
-    if not arguments.no_step:
+    if not arguments.no_step and not other:
         print(bound(config, data.job, next(entry.value for entry in rows if entry.id == "D1")))
     if not arguments.no_write:
         write(rows)
@@ -67,6 +75,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m solo.bench data", description=__doc__)
     parser.add_argument("--recipe", default="cifar-asym", help=f"{', '.join(RECIPES)}, or a pretraining YAML file")
     parser.add_argument("--stage", choices=large.STAGES, help="of images above 64 px: only this; default: each")
+    parser.add_argument("--peer", choices=PEERS, help="only beside this one, where it is installed; images up to 64 px")
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each way, in turn")
     parser.add_argument("--no-step", action="store_true", help="do not run the recipe's method to name the bound")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
@@ -99,6 +108,29 @@ def correctness(data: DataModule) -> str:
     if not outside < 1e-3:
         raise NumericsError(f"{outside:.2%} of the values differ by more than a grey level from the reference engine")
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
+
+
+def looks(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:
+    """Holds views of the same images made with other random numbers to what ours look like.
+
+    Raises:
+        NumericsError: a view's values, or the means of its images, have another mean or spread.
+    """
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            raise NumericsError(f"the peer's views are {tuple(b.shape)}, ours {tuple(a.shape)}")
+        (mean, spread, images), (other, *others) = _looks(a), _looks(b)
+        off = [abs(mean - other) / spread, abs(others[0] / spread - 1), abs(others[1] / images - 1)]
+        worst = max(worst, *(value.max().item() for value in off))
+    if not worst < _LOOKS:
+        raise NumericsError(f"the peer's views do not look like ours: their mean or spread is off by {worst:.0%} of a spread")
+    return f"correct: mean and spread of the peer's views, and of their images' means, within {worst:.1%} of ours"
+
+
+def _looks(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per channel: mean and spread of all values, spread of the images' means."""
+    return view.mean((0, 2, 3)), view.std((0, 2, 3)), view.mean((2, 3)).std(0)
 
 
 # --- rates -------------------------------------------------------------------------------------------------------------
@@ -136,6 +168,22 @@ def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
         found = alternate(engine_work(job, kernel, batch_size, images), pil_work(job, _THEIRS), pairs)
         rows.append(row(id, f"fast engine, {kernel} kernel", "images/CPU-s", "torchvision v1 on PIL", found))
     return rows
+
+
+def against(data: DataModule, other: Peer, pairs: int) -> Row:
+    """D2: the engine against another program, whose views are first held to what ours look like."""
+    job, kernel = data.job, data.config.kernel
+    slot = next(_slots(job, _LOOKED_AT))
+    ours = next(SmallEngine(job).batches([slot])).batch.views
+    print(looks(ours, other.batch(slot.samples)), flush=True)
+    slots = _slots(job, 256)
+    count = other.images // 256
+    found = alternate(
+        engine_work(job, kernel, data.batch_size, _OURS),
+        lambda: sum(len(other.batch(slot.samples)[0]) for slot in islice(slots, count)),
+        pairs,
+    )
+    return row("D2", "fast engine", "images/CPU-s", other.name, found)
 
 
 def first_batch(data: DataModule, epochs: int) -> list[Row]:
@@ -183,3 +231,11 @@ def flatness(job: Job, rounds: int) -> list[Row]:
     rows = [Row("Dx", name, value, "images/CPU-s") for name, value in medians.items()]
     spread = (max(medians.values()) - min(medians.values())) / statistics.median(medians.values())
     return [*rows, Row("Dx", "whole range over the median", 100 * spread, "%")]
+
+
+def many_views(job: Job, pairs: int, batch_size: int) -> Row:
+    """The time of four times the views, in multiples of four times the time: more views must not cost more each."""
+    more = replace(job, views=_TIMES * job.views)
+    few = engine_work(job, job.config.kernel, batch_size, _OURS)
+    found = alternate(few, engine_work(more, job.config.kernel, batch_size, _OURS // _TIMES), pairs)
+    return Row("Dx", f"{len(more.views)} views over {_TIMES} times {len(job.views)} views", found.ratio / _TIMES, "times")

@@ -30,6 +30,8 @@ _COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
 
 def main(arguments: argparse.Namespace, data: DataModule) -> None:
     """Print and keep a row per stage."""
+    if arguments.peer:
+        raise ConfigError(f"--peer {arguments.peer} is for images up to 64 px")
     job = replace(data.job, config=replace(data.config, num_workers=0))
     source = job.source
     if not isinstance(source, (FolderSource, TarSource)):

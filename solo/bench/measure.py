@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torchvision
 
 from solo.bench.board import render
 
+_OPTIONAL = ("numba", "simplejpeg", "kornia", "opencv-python-headless")  # what, where it is installed, may change a figure
 RESULTS = Path("bench/results.csv")
 
 
@@ -91,12 +94,9 @@ def provenance() -> Mapping[str, str]:
     """Revision, hardware, versions and command of this process."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     versions["numpy"] = np.__version__
-    try:
-        import numba
-
-        versions["numba"] = numba.__version__
-    except ImportError:
-        versions["numba"] = "absent"
+    for package in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "revision": _revision(),
         "hardware": _hardware(),

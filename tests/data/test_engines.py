@@ -218,11 +218,12 @@ def test_batches_that_are_kept_do_not_change() -> None:
         assert all(torch.equal(a, b) for a, b in zip(payload.batch.views, again.batch.views, strict=True))
 
 
-def test_memory_does_not_grow() -> None:
-    engine, seen = SmallEngine(job()), set()
+def test_memory_is_the_dataset_and_eight_batches(kernel: str) -> None:
+    engine, taken = SmallEngine(job(kernel=kernel)), {}
+    assert np.shares_memory(engine._kernel._images, engine._job.source.images)
     for payload in engine.batches(PLAN * 20):
-        seen.add(payload.batch.views[0].data_ptr())
-    assert len(seen) <= 8
+        taken.update((view.data_ptr(), view.nbytes) for view in payload.batch.views)
+    assert sum(taken.values()) <= 8 * sum(view.nbytes for view in payload.batch.views)
 
 
 def test_without_numba_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
