@@ -26,7 +26,7 @@ from solo.batch import Batch
 from solo.batching import Mode, ViewBatching
 from solo.bench.baselines.step import LoggedAtOnce, LoopLARS, as_published
 from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
-from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.bench.measure import Row, alternate, compared, rate, row, table, write
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
 from solo.errors import ConfigError, Parser
@@ -227,12 +227,9 @@ def overhead(pairs: int) -> Row:
         ours(), theirs(), _raw()
         measured = [(ours(), theirs(), _raw()) for _ in range(pairs)]
     above = [(1e6 * (a - raw) / _STEPS, 1e6 * (b - raw) / _STEPS) for a, b, raw in measured]
-    ratios = [b / a for a, b in above]
-    medians = [statistics.median(each) for each in zip(*above, strict=True)]
-    return Row(
-        "S3", f"Python of a step over a bare loop, {_METRICS} metrics", medians[0], "us", "log_dict", medians[1],
-        statistics.median(ratios), min(ratios), max(ratios), pairs,
-    )
+    medians = statistics.median(a for a, _ in above), statistics.median(b for _, b in above)
+    what = f"Python of a step over a bare loop, {_METRICS} metrics"
+    return compared("S3", what, "us", "log_dict", medians, [b / a for a, b in above])
 
 
 # --- whole steps ---------------------------------------------------------------------------------------------------------
