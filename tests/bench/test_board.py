@@ -60,7 +60,8 @@ KERNEL = "nearest 1 of 65536, 2 x 4096, D=256"
 
 
 def test_goals_know_the_rows_of_a_gpu_by_their_words():
-    peer, entry = "a product per look-up, autocast", {"value": "4", "ratio": "", "peer_value": "", "peer": "", "unit": "steps/s"}
+    peer = "a product per look-up, autocast"
+    entry = {"value": "4", "ratio": "", "peer_value": "", "peer": "", "unit": "steps/s"}
     k3 = {**entry, "id": "K3", "what": KERNEL}
     judged = [
         ({**k3, "peer": peer, "ratio": "1.2", "ratios": "1.2 1.2"}, [(">= 1.3x", False)]),
