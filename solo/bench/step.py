@@ -2,7 +2,7 @@
 
 ``--count`` counts operations, waits for the device and messages (no clock), ``--overhead`` times the Python around a step,
 ``--method`` times whole steps on the CPU; without any of them these three are done. The clock is CPU time of one thread.
-``--ranks`` times two processes by the wall.
+``--ranks`` times two processes by the wall, ``--peer`` a checkout's own LARS.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -23,11 +24,12 @@ from solo.batching import Mode
 from solo.bench import ranks
 from solo.bench.baselines.step import LoggedAtOnce
 from solo.bench.counts import Operations, Waits, search_of_a_gpu
-from solo.bench.measure import Row, alternate, compared, rate, row, table, write
+from solo.bench.measure import Comparison, Row, alternate, compared, rate, row, table, write
+from solo.bench.peers.checkout import Checkout
 from solo.bench.recipe import Step
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
-from solo.errors import ConfigError, Parser
+from solo.errors import ConfigError, EnvironmentFault, NumericsError, Parser
 
 METHODS_MEASURED = ("nnclr", "all4one")
 _PEER = "as published"
@@ -37,7 +39,7 @@ _METRICS, _STEPS = 9, 400
 def main(argv: list[str]) -> None:
     arguments = _arguments(argv)
     torch.set_num_threads(1)
-    everything = not (arguments.count or arguments.overhead or arguments.method or arguments.ranks)
+    everything = not (arguments.count or arguments.overhead or arguments.method or arguments.ranks or arguments.peer)
     chosen = METHODS_MEASURED if everything else tuple(arguments.method or ())
     if unknown := set(chosen) - set(METHODS_MEASURED):
         raise ConfigError(f"--method takes {' or '.join(METHODS_MEASURED)}, got {', '.join(sorted(unknown))}")
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> None:
         rows += [entry for method in METHODS_MEASURED for entry in ranks.messages(method)]
     if everything or arguments.overhead:
         rows.append(overhead(arguments.pairs))
+    if arguments.peer:
+        rows += beside(Path(arguments.peer), arguments.pairs)
     if arguments.ranks:
         rows.append(ranks.pace(METHODS_MEASURED[0], arguments.batch, arguments.pairs))
     for method in chosen:
@@ -64,6 +68,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overhead", action="store_true", help="time the Python around a step")
     parser.add_argument("--method", action="append", help=f"time whole steps: {', '.join(METHODS_MEASURED)}")
     parser.add_argument("--ranks", action="store_true", help="time a step of two ranks beside one (wall: two idle cores)")
+    parser.add_argument("--peer", help="a folder with a checkout of solo-learn: its own LARS beside ours")
     parser.add_argument("--batch", type=int, default=64, help="images of a step")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each way, in turn")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
@@ -80,8 +85,9 @@ def correctness(method: str) -> str:
         AssertionError: they do not.
     """
     found = []
+    sizes: dict[str, Any] = {"queue_size": 64, **({"dropout": 0.0} if method == "all4one" else {})}
     for mode in (None, "separate", "concat"):
-        step = Step(method, 8, mode, queue_size=64, **({"dropout": 0.0} if method == "all4one" else {}))
+        step = Step(method, 8, mode, **sizes)
         before = _weights(step)
         step()
         found.append(_weights(step) - before)
@@ -133,6 +139,39 @@ def lars() -> list[Row]:
         Row("S4", "LARS: operations of a step", seen.kernels, "operations", _PEER, published.kernels),
         Row("S4", "LARS: largest of a weight after three steps from that as published", difference, "difference"),
     ]
+
+
+def beside(path: Path, pairs: int) -> list[Row]:
+    """S4: a step of LARS over NNCLR's networks beside a checkout's own, each in its process.
+
+    Raises:
+        NumericsError: they move the weights otherwise.
+    """
+    step = Step("nnclr", 2, "separate", queue_size=16)
+    groups = step.optimizer.param_groups
+    weights = [p for group in groups for p in group["params"]]
+    gradients = [torch.randn_like(p) for p in weights]
+    numbers = [groups[0]["lr"], groups[0]["weight_decay"], groups[0]["eta"]]
+
+    def ours() -> int:
+        for p, g in zip(weights, gradients, strict=True):
+            p.grad = g.clone()
+        step.optimizer.step()
+        return 1
+
+    with Checkout(path, "step") as peer:
+        if not peer.knows("lars"):
+            raise ConfigError(f"--peer {path}: bench step takes solo-learn's LARS, which this is not (bench loss takes both)")
+        expected = peer.prepare("lars", (), [*(p.detach() for p in weights), *gradients], numbers)
+        if isinstance(expected, str):
+            raise EnvironmentFault(f"--peer {path}: {expected}")
+        ours()
+        worst = max((p - q).abs().max().item() for p, q in zip(weights, expected, strict=True))
+        if worst > 1e-6:
+            raise NumericsError(f"LARS: a weight differs by {worst:.1e} from {peer.name}")
+        print(f"LARS: after a step a weight differs by {worst:.1e} at most from {peer.name}", flush=True)
+        found = Comparison(tuple((rate(ours), peer.rate()) for _ in range(pairs)))
+    return [row("S4", "LARS: a step over NNCLR's networks", "per CPU-s", peer.name, found)]
 
 
 # --- Python around a step ------------------------------------------------------------------------------------------------
