@@ -69,6 +69,10 @@ def _solo_nearest(z: Tensor, keys: Tensor) -> Formula:
     return lambda: torch.cat([method.find_nn(state, view)[1] for view in z.chunk(2)])
 
 
+def _solo_nnclr(p: Tensor, found: Tensor, t: float) -> Formula:
+    return _solo("nnclr", "nnclr_loss_func")(found, p, t)
+
+
 def _solo(module: str, name: str) -> Callable[..., Formula]:
     def prepared(*given: Any) -> Formula:
         loss = _of(f"solo.losses.{module}", name)
@@ -123,8 +127,8 @@ def _solo_lars(*tensors: Any) -> Formula:
 
 FORMULAS: dict[str, dict[str, Callable[..., Formula]]] = {
     "solo": {
-        "nt_xent": _solo_nt_xent, "nnclr": _solo("nnclr", "nnclr_loss_func"), "barlow": _solo("barlow", "barlow_loss_func"),
-        "vicreg": _solo("vicreg", "vicreg_loss_func"), "nearest": _solo_nearest, "lars": _solo_lars,
+        "nt_xent": _solo_nt_xent, "nnclr": _solo_nnclr, "nearest": _solo_nearest, "lars": _solo_lars,
+        "barlow": _solo("barlow", "barlow_loss_func"), "vicreg": _solo("vicreg", "vicreg_loss_func"),
     },
     "lightly": {
         "nt_xent": _lightly_nt_xent, "barlow": _lightly_barlow, "vicreg": _lightly_vicreg, "nearest": _lightly_nearest,
