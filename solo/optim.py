@@ -106,7 +106,8 @@ class LARS(Optimizer):
             ratio = (ratio / options["lr"]).clamp(max=1)
         alone = torch.ones_like(ratio) if first else (g_norm != 0).to(ratio.dtype)  # a zero g gets no decay, a zero p has none
         factor = torch.where((p_norm > 0) & (g_norm > 0), ratio, alone)
-        for i, update in zip(chosen, torch._foreach_mul(decayed, list(factor.unbind())), strict=True):
+        torch._foreach_mul_(decayed, list(factor.unbind()))
+        for i, update in zip(chosen, decayed, strict=True):
             updates[i] = update
         return updates
 

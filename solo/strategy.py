@@ -26,14 +26,17 @@ GRACE = 8.0         # seconds that the first process has to notice and to say th
 SPOKEN = 3.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
 
 
+def without_buffers() -> dict[str, Any]:
+    """The option, of whatever name, by which torch's DDP sends no buffers before a forward."""
+    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
+
+
 class Strategy(DDPStrategy):
     """DDP that does not send rank 0's buffers to all ranks before every forward: queues are equal by construction."""
 
     def __init__(self) -> None:
-        parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-        silent = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-        quiet: dict[str, Any] = {silent: False}
-        super().__init__(find_unused_parameters=False, timeout=timedelta(seconds=MEETING), **quiet)
+        super().__init__(find_unused_parameters=False, timeout=timedelta(seconds=MEETING), **without_buffers())
         self._saves = 0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

@@ -302,6 +302,7 @@ def test_all_tensors_at_once_are_the_same_bits_as_one_by_one(options):
         for group, params in zip(optimizer.param_groups, (theirs[:2], theirs[2:4], theirs[4:]), strict=True):
             plain_lars([q for q in params if q.grad is not None], buffers, group)
         assert all(map(torch.equal, ours, theirs)), step
+        assert all(p.grad is q.grad or torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True))
 
 
 class Operations(TorchDispatchMode):

@@ -14,7 +14,8 @@ from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
 from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
-from solo.bench.step import count
+from solo.bench.ranks import messages
+from solo.bench.step import count, lars
 from solo.data.module import DataModule
 from solo.devices import settle
 from solo.dist import Later, gather, gather_packed, rank
@@ -134,6 +135,21 @@ def test_collectives_of_a_step(method, tmp_path):
     for steps in run_ranks(_two, tmp_path, method):
         assert all(step == {"all_gather_into_tensor": 2, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
         assert all(report - other == {"all_reduce": 1} for other, report in zip(steps[1::4], steps[3::4], strict=False))
+
+
+@pytest.mark.slow
+def test_what_an_image_costs_between_ranks_does_not_depend_on_their_number():
+    """Once each for both views: the rows and the keys; the queue's row and its label; backwards, one number."""
+    found = {entry.what.removeprefix("nnclr: "): entry.value for entry in messages("nnclr")}
+    for world in (2, 4):
+        assert found[f"collectives of a step on {world} ranks"] == 2
+        of_an_image = 2 * (256 + 256) * 4 + 256 * 4 + 8 + 2 * 4
+        assert found[f"gathered by a rank for an image of the global batch on {world} ranks"] == of_an_image
+
+
+def test_the_bench_finds_lars_in_few_operations_and_equal_to_that_of_one_tensor_after_the_other():
+    operations, difference = lars()
+    assert operations.value <= 40 < operations.peer_value and difference.value == 0
 
 
 def _packed(which):

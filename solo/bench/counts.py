@@ -82,7 +82,12 @@ def _has_mask(index: Any) -> bool:
 
 
 class Collectives:
-    """Counts collectives that Python starts; DDP's own all-reduce of the gradients is not among them."""
+    """Counts collectives that Python starts; DDP's own all-reduce of the gradients is not among them.
+
+    Attributes:
+        names: calls by name.
+        received: bytes of the tensors that they fill, which is the first argument of those that give one.
+    """
 
     _KINDS = (
         *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "barrier", "broadcast", "reduce"),
@@ -91,6 +96,7 @@ class Collectives:
 
     def __init__(self) -> None:
         self.names: Counter[str] = Counter()
+        self.received = 0
 
     def __enter__(self) -> "Collectives":
         self._own = {kind: getattr(dist, kind) for kind in self._KINDS}
@@ -105,6 +111,7 @@ class Collectives:
     def _counted(self, kind: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.names[kind] += 1
+            self.received += args[0].nbytes if args and isinstance(args[0], Tensor) else 0
             return own(*args, **kwargs)
 
         return counted

@@ -1,6 +1,5 @@
 """Time and memory of work on a GPU. On a CPU the same calls only show that the benchmark runs."""
 
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -33,10 +32,9 @@ def compare(first: Work, second: Work, pairs: int, steps: int, device: str) -> C
     """Both in turn, A B A B, in steps per second; 25 steps of each go before, or half of ``steps`` where that is less."""
     for work in (first, second):
         seconds(work, min(25, max(1, steps // 2)), device)
-    measured = [(1 / seconds(first, steps, device), 1 / seconds(second, steps, device)) for _ in range(pairs)]
-    ratios = [a / b for a, b in measured]
-    medians = (statistics.median(a for a, _ in measured), statistics.median(b for _, b in measured))
-    return Comparison(medians, statistics.median(ratios), min(ratios), max(ratios), pairs)
+    return Comparison(tuple(
+        (1 / seconds(first, steps, device), 1 / seconds(second, steps, device)) for _ in range(pairs)
+    ))
 
 
 def peak(work: Work) -> float:

@@ -84,7 +84,9 @@ def _kept(path: Path, id: str) -> Iterator[Row]:
             if line["id"] == id and all(line[key] == here[key] for key in ("revision", "hardware", "versions")):
                 numbers = {key: float(line[key]) for key in ("peer_value", "ratio", "ratio_min", "ratio_max") if line[key]}
                 pairs = int(line["pairs"]) if line["pairs"] else None
-                yield Row(id, line["what"], float(line["value"]), line["unit"], line["peer"], pairs=pairs, **numbers)
+                ratios = tuple(map(float, (line.get("ratios") or "").split()))
+                value = float(line["value"])
+                yield Row(id, line["what"], value, line["unit"], line["peer"], pairs=pairs, ratios=ratios, **numbers)
 
 
 def _board(method: str, left: float, rows: list[Row], overrides: list[str], path: Path) -> list[Row]:

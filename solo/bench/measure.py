@@ -1,22 +1,25 @@
 """Paired timing, and the rows it leaves in ``bench/results.csv``."""
 
 import csv
+import io
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
 from solo.bench.board import render
+from solo.files import write_file
 
 _OPTIONAL = ("numba", "simplejpeg", "kornia", "opencv-python-headless")  # what, where it is installed, may change a figure
 RESULTS = Path("bench/results.csv")
@@ -27,15 +30,20 @@ class Comparison:
     """Rates of two ways to do the same, measured in turn.
 
     Attributes:
-        rates: median rate of each way, in things per second.
-        ratio, low, high: median, least and largest ratio of the first way's rate to the second's over the pairs.
+        measured: pairs of rates, in things per second.
     """
 
-    rates: tuple[float, float]
-    ratio: float
-    low: float
-    high: float
-    pairs: int
+    measured: tuple[tuple[float, float], ...]
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Median rate of each way."""
+        return statistics.median(a for a, _ in self.measured), statistics.median(b for _, b in self.measured)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of the first way's rate to the second's, for each pair."""
+        return tuple(a / b for a, b in self.measured)
 
 
 def rate(work: Callable[[], int], clock: Callable[[], float] = time.process_time) -> float:
@@ -48,15 +56,16 @@ def rate(work: Callable[[], int], clock: Callable[[], float] = time.process_time
 def alternate(first: Callable[[], int], second: Callable[[], int], pairs: int) -> Comparison:
     """Both in turn, A B A B, after each has warmed up once."""
     first(), second()
-    measured = [(rate(first), rate(second)) for _ in range(pairs)]
-    ratios = [a / b for a, b in measured]
-    medians = (statistics.median(a for a, _ in measured), statistics.median(b for _, b in measured))
-    return Comparison(medians, statistics.median(ratios), min(ratios), max(ratios), pairs)
+    return Comparison(tuple((rate(first), rate(second)) for _ in range(pairs)))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: a value of ours, and how it compares if there is a peer."""
+    """One line of the results: a value of ours, and how it compares if there is a peer.
+
+    Attributes:
+        ratio, ratio_min, ratio_max: median, least and largest of ``ratios``, those of all pairs.
+    """
 
     id: str
     what: str
@@ -68,26 +77,52 @@ class Row:
     ratio_min: float | None = None
     ratio_max: float | None = None
     pairs: int | None = None
+    ratios: tuple[float, ...] = ()
 
 
 def row(id: str, what: str, unit: str, peer: str, found: Comparison) -> Row:
-    return Row(id, what, found.rates[0], unit, peer, found.rates[1], found.ratio, found.low, found.high, found.pairs)
+    return compared(id, what, unit, peer, found.rates, found.ratios)
+
+
+def compared(id: str, what: str, unit: str, peer: str, values: tuple[float, float], ratios: Sequence[float]) -> Row:
+    """A row from the value of each way and the ratios of the pairs."""
+    middle, least, largest = statistics.median(ratios), min(ratios), max(ratios)
+    return Row(id, what, values[0], unit, peer, values[1], middle, least, largest, len(ratios), tuple(ratios))
 
 
 def write(rows: list[Row], path: Path = RESULTS) -> None:
     """Append the rows with where and how they were measured, and draw the board anew."""
-    columns = [field.name for field in fields(Row)]
     circumstances = provenance()
+    columns = [*(field.name for field in fields(Row) if field.name != "ratios"), *circumstances, "ratios"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    _with_columns(path, columns)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *circumstances])
-        if new:
-            writer.writeheader()
+        writer = csv.DictWriter(file, columns)
         for entry in rows:
-            values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(entry).items()}
-            writer.writerow({**values, **circumstances})
+            writer.writerow({key: _text(value) for key, value in {**asdict(entry), **circumstances}.items()})
     render(path)
+
+
+def _with_columns(path: Path, columns: list[str]) -> None:
+    """A file with these columns; what stands in one with fewer stays, and is empty in the others."""
+    lines: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            if reader.fieldnames == columns:
+                return
+            lines = list(reader)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_file(path, text.getvalue().encode())
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def provenance() -> Mapping[str, str]:

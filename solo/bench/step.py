@@ -1,7 +1,8 @@
 """``python -m solo.bench step``: a training step beside the same step as the field writes it.
 
 ``--count`` counts operations, waits for the device and messages (no clock), ``--overhead`` times the Python around a step,
-``--method`` times whole steps on the CPU; without any of them all are done. The clock is CPU time of one thread.
+``--method`` times whole steps on the CPU; without any of them these three are done. The clock is CPU time of one thread.
+``--ranks`` times two processes by the wall, ``--peer`` a checkout's own LARS.
 """
 
 import argparse
@@ -9,49 +10,50 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from solo import backbones, optim
-from solo.backbones import BackboneConfig
-from solo.batch import Batch
-from solo.batching import Mode, ViewBatching
-from solo.bench.baselines.step import LoggedAtOnce, LoopLARS, as_published
-from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
-from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.batching import Mode
+from solo.bench import ranks
+from solo.bench.baselines.step import LoggedAtOnce
+from solo.bench.counts import Operations, Waits, search_of_a_gpu
+from solo.bench.measure import Comparison, Row, alternate, compared, rate, row, table, write
+from solo.bench.peers.checkout import Checkout
+from solo.bench.recipe import Step
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
-from solo.errors import ConfigError, Parser
-from solo.methods import METHODS, Method
-from solo.testing.ranks import run_ranks
+from solo.errors import ConfigError, EnvironmentFault, NumericsError, Parser
 
 METHODS_MEASURED = ("nnclr", "all4one")
 _PEER = "as published"
 _METRICS, _STEPS = 9, 400
-_LR, _DECAY = 0.4, 1e-5
 
 
 def main(argv: list[str]) -> None:
     arguments = _arguments(argv)
     torch.set_num_threads(1)
-    everything = not (arguments.count or arguments.overhead or arguments.method)
+    everything = not (arguments.count or arguments.overhead or arguments.method or arguments.ranks or arguments.peer)
     chosen = METHODS_MEASURED if everything else tuple(arguments.method or ())
     if unknown := set(chosen) - set(METHODS_MEASURED):
         raise ConfigError(f"--method takes {' or '.join(METHODS_MEASURED)}, got {', '.join(sorted(unknown))}")
     rows: list[Row] = []
     if everything or arguments.count:
         rows += [entry for method in METHODS_MEASURED for entry in count(method)]
-        rows += map(messages, METHODS_MEASURED)
+        rows += lars()
+        rows += [entry for method in METHODS_MEASURED for entry in ranks.messages(method)]
     if everything or arguments.overhead:
         rows.append(overhead(arguments.pairs))
+    if arguments.peer:
+        rows += beside(Path(arguments.peer), arguments.pairs)
+    if arguments.ranks:
+        rows.append(ranks.pace(METHODS_MEASURED[0], arguments.batch, arguments.pairs))
     for method in chosen:
         print(correctness(method), flush=True)
         rows += whole(method, arguments.batch, arguments.pairs)
@@ -65,54 +67,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--count", action="store_true", help="count instead of timing")
     parser.add_argument("--overhead", action="store_true", help="time the Python around a step")
     parser.add_argument("--method", action="append", help=f"time whole steps: {', '.join(METHODS_MEASURED)}")
+    parser.add_argument("--ranks", action="store_true", help="time a step of two ranks beside one (wall: two idle cores)")
+    parser.add_argument("--peer", help="a folder with a checkout of solo-learn: its own LARS beside ours")
     parser.add_argument("--batch", type=int, default=64, help="images of a step")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each way, in turn")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
     return parser.parse_args(argv)
 
 
-# --- a step --------------------------------------------------------------------------------------------------------------
-
-
-class Step:
-    """One optimizer step of a published CIFAR recipe on random images.
-
-    Args:
-        method: its name.
-        batch: images.
-        mode: how views are run; ``None`` for the whole step as the field writes it.
-        precision: of the forward pass.
-        sizes: of ``method_kwargs``, else the published ones.
-    """
-
-    def __init__(
-        self, method: str, batch: int, mode: Mode | None, precision: torch.dtype = torch.float32, **sizes: int
-    ) -> None:
-        torch.manual_seed(0)
-        kind = METHODS[method]
-        self.model: Method = kind(backbones.build(BackboneConfig(), 3, 32), kind.Config(**sizes))
-        groups = optim.parameter_groups(self.model, _LR, _DECAY, self.model.param_options())
-        self.optimizer: Optimizer
-        if mode is None:
-            as_published(self.model)
-            self.optimizer = LoopLARS(groups, _LR, 0.9, 0.02)
-        else:
-            self.model.each = ViewBatching(mode)
-            self.optimizer = optim.LARS(groups, _LR, 0.9, eta=0.02, clip_lr=True, exclude_bias_n_norm=True)
-        views = [torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-        self.batch = Batch(views, torch.arange(batch) % 10, torch.arange(batch))
-        self.precision = precision
-
-    def __call__(self) -> int:
-        """Make the step and return its images."""
-        self.optimizer.zero_grad()
-        mixed = self.precision != torch.float32
-        with torch.autocast("cpu", self.precision) if mixed else nullcontext():
-            loss = self.model.losses(self.batch)["loss"]
-        loss.backward()
-        self.optimizer.step()
-        self.model.after_step(0.5)
-        return len(self.batch.labels)
+# --- correctness ------------------------------------------------------------------------------------------------------
 
 
 def correctness(method: str) -> str:
@@ -122,10 +85,10 @@ def correctness(method: str) -> str:
         AssertionError: they do not.
     """
     found = []
+    sizes: dict[str, Any] = {"queue_size": 64, **({"dropout": 0.0} if method == "all4one" else {})}
     for mode in (None, "separate", "concat"):
-        step = Step(method, 8, mode, queue_size=64)
+        step = Step(method, 8, mode, **sizes)
         before = _weights(step)
-        torch.manual_seed(1)        # dropout
         step()
         found.append(_weights(step) - before)
     worst = max(((other - found[0]).norm() / found[0].norm()).item() for other in found[1:])
@@ -159,17 +122,56 @@ def count(method: str) -> list[Row]:
     return rows
 
 
-def _messages(rank: int, method: str) -> int:
-    step = Step(method, 2, "separate", queue_size=16)
-    step()
-    with Collectives() as seen:
-        step()
-    return sum(seen.names.values())
+def lars() -> list[Row]:
+    """S4: operations of an optimizer step over NNCLR's networks, and how far three steps end from those tensor by tensor."""
+    ours, theirs = Step("nnclr", 2, "separate", queue_size=16), Step("nnclr", 2, None, queue_size=16)
+    pairs = list(zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
+    for _ in range(3):
+        for p, q in pairs:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        with Operations() as seen:
+            ours.optimizer.step()
+        with Operations() as published:
+            theirs.optimizer.step()
+    difference = max((p - q).abs().max().item() for p, q in pairs)
+    return [
+        Row("S4", "LARS: operations of a step", seen.kernels, "operations", _PEER, published.kernels),
+        Row("S4", "LARS: largest of a weight after three steps from that as published", difference, "difference"),
+    ]
 
 
-def messages(method: str) -> Row:
-    """S6: what the method itself sends."""
-    return Row("S6", f"{method}: collectives of a step on 2 ranks", max(run_ranks(_messages, method)), "collectives")
+def beside(path: Path, pairs: int) -> list[Row]:
+    """S4: a step of LARS over NNCLR's networks beside a checkout's own, each in its process.
+
+    Raises:
+        NumericsError: they move the weights otherwise.
+    """
+    step = Step("nnclr", 2, "separate", queue_size=16)
+    groups = step.optimizer.param_groups
+    weights = [p for group in groups for p in group["params"]]
+    gradients = [torch.randn_like(p) for p in weights]
+    numbers = [groups[0]["lr"], groups[0]["weight_decay"], groups[0]["eta"]]
+
+    def ours() -> int:
+        for p, g in zip(weights, gradients, strict=True):
+            p.grad = g.clone()
+        step.optimizer.step()
+        return 1
+
+    with Checkout(path, "step") as peer:
+        if not peer.knows("lars"):
+            raise ConfigError(f"--peer {path}: bench step takes solo-learn's LARS, which this is not (bench loss takes both)")
+        expected = peer.prepare("lars", (), [*(p.detach() for p in weights), *gradients], numbers)
+        if isinstance(expected, str):
+            raise EnvironmentFault(f"--peer {path}: {expected}")
+        ours()
+        worst = max((p - q).abs().max().item() for p, q in zip(weights, expected, strict=True))
+        if worst > 1e-6:
+            raise NumericsError(f"LARS: a weight differs by {worst:.1e} from {peer.name}")
+        print(f"LARS: after a step a weight differs by {worst:.1e} at most from {peer.name}", flush=True)
+        found = Comparison(tuple((rate(ours), peer.rate()) for _ in range(pairs)))
+    return [row("S4", "LARS: a step over NNCLR's networks", "per CPU-s", peer.name, found)]
 
 
 # --- Python around a step ------------------------------------------------------------------------------------------------
@@ -228,12 +230,9 @@ def overhead(pairs: int) -> Row:
         ours(), theirs(), _raw()
         measured = [(ours(), theirs(), _raw()) for _ in range(pairs)]
     above = [(1e6 * (a - raw) / _STEPS, 1e6 * (b - raw) / _STEPS) for a, b, raw in measured]
-    ratios = [b / a for a, b in above]
-    medians = [statistics.median(each) for each in zip(*above, strict=True)]
-    return Row(
-        "S3", f"Python of a step over a bare loop, {_METRICS} metrics", medians[0], "us", "log_dict", medians[1],
-        statistics.median(ratios), min(ratios), max(ratios), pairs,
-    )
+    medians = statistics.median(a for a, _ in above), statistics.median(b for _, b in above)
+    what = f"Python of a step over a bare loop, {_METRICS} metrics"
+    return compared("S3", what, "us", "log_dict", medians, [b / a for a, b in above])
 
 
 # --- whole steps ---------------------------------------------------------------------------------------------------------

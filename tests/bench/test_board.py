@@ -21,7 +21,7 @@ def page(tmp_path, rows):
 
 
 def found(ratio):
-    return Comparison((ratio, 1.0), ratio, 0.9 * ratio, 1.1 * ratio, 5)
+    return Comparison(tuple((part * ratio, 1.0) for part in (0.9, 1, 1, 1, 1.1)))
 
 
 def test_the_newest_row_counts(tmp_path):
@@ -36,6 +36,49 @@ def test_a_missed_goal_is_said(tmp_path):
     rows = [measure.row("D1", "engine", "images/CPU-s", "PIL", found(24.0)), Row("D6", "first batch", 51.0, "ms")]
     _, text = page(tmp_path, rows)
     assert text.count("**no**") == 2 and "<= 50 ms" in text
+
+
+def test_two_pairs_short_by_over_a_tenth_miss_a_goal_that_the_median_meets(tmp_path):
+    rows = []
+    for what, worst in (("one", (21.0, 24.0)), ("two", (21.0, 22.0))):
+        rows.append(measure.row("D1", what, "images/CPU-s", "PIL", Comparison(tuple((r, 1.0) for r in (*worst, 26, 26, 27)))))
+    _, text = page(tmp_path, rows)
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| D1")] == ["yes", "**no**"]
+
+
+def test_rows_from_before_a_column_was_there_stay(tmp_path):
+    path, text = page(tmp_path, [measure.row("D1", "engine", "images/CPU-s", "PIL", found(30.0))])
+    path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
+    _, both = page(tmp_path, [Row("D6", "first batch", 11.0, "ms")])
+    first, second = csv.DictReader(path.open())
+    assert first["ratios"] == "" and first["ratio"] == "30" and second["what"] == "first batch" and second["ratios"] == ""
+    assert [line for line in both.splitlines() if line.startswith("| D1")] == [
+        line for line in text.splitlines() if line.startswith("| D1")]
+
+
+KERNEL = "nearest 1 of 65536, 2 x 4096, D=256"
+
+
+def test_goals_know_the_rows_of_a_gpu_by_their_words():
+    peer = "a product per look-up, autocast"
+    entry = {"value": "4", "ratio": "", "peer_value": "", "peer": "", "unit": "steps/s"}
+    k3 = {**entry, "id": "K3", "what": KERNEL}
+    judged = [
+        ({**k3, "peer": peer, "ratio": "1.2", "ratios": "1.2 1.2"}, [(">= 1.3x", False)]),
+        ({**k3, "peer": "itself", "ratio": "1.2", "what": f"{KERNEL}: the same twice"}, []),
+        ({**k3, "what": f"{KERNEL}: peak above inputs", "unit": "MB", "peer": peer, "peer_value": "600"}, [("<= 5 MB", True)]),
+        ({**k3, "what": f"{KERNEL}: rate of the products (K5)", "unit": "TFLOP/s", "value": "400"}, [(">= 355 TFLOP/s", True)]),
+        ({**k3, "id": "K1", "what": "SCE N=4096 K=65536 D=256: peak above inputs", "unit": "MB", "value": "30",
+          "peer": "official formula, autocast", "peer_value": "1000"}, [("<= 2 % of the peer's", False)]),
+        ({**k3, "id": "S3", "ratio": "6", "value": "510", "unit": "us"}, [(">= 5x", True), ("<= 500 us", False)]),
+    ]
+    for row, expected in judged:
+        assert [(str(goal), goal.met(row)) for goal in board.goals(row)] == expected, row
+
+
+def test_what_waits_for_a_gpu_is_said(tmp_path):
+    _, text = page(tmp_path, [Row("E4", "nnclr, CIFAR-10, 200 epochs with their validation", 9.0, "min")])
+    assert "these goals wait: K1, K2, K3, K4, K5, E1, E2, E3 (" in text and "<= 10 min | yes" in text
 
 
 def test_rows_of_other_hardware_and_recipes_stand_beside_each_other():

@@ -45,8 +45,8 @@ def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
 
 
 def test_rows_of_another_revision_are_not_kept(dry, monkeypatch):
-    write([Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6)], dry)
-    assert list(gpu._kept(dry, "K1")) == [Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6)]
+    write([Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6, (4.0, 5.0))], dry)
+    assert list(gpu._kept(dry, "K1")) == [Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6, (4.0, 5.0))]
     monkeypatch.setattr("solo.bench.measure._revision", lambda: "another")
     assert list(gpu._kept(dry, "K1")) == []
 

@@ -1,39 +1,139 @@
-"""Other programs are timed where they are installed, and only if their views look like ours."""
-
-import sys
+"""A peer's own code beside ours: a checkout in its own process, made here of the formulas that everyone writes."""
 
 import pytest
 import torch
 
-from solo.bench import data, measure
-from solo.bench.peers import PEERS
-from solo.errors import EnvironmentFault, NumericsError
-from tests.bench.test_board import found, page
+from solo import optim
+from solo.bench import loss, step
+from solo.bench.loss import Pair, search_pair, simclr_pair
+from solo.bench.peers.checkout import Checkout
+from solo.errors import ConfigError, EnvironmentFault, SoloError
+
+NNCLR = """
+import torch
+import torch.nn.functional as F
 
 
-@pytest.mark.parametrize(("name", "needs"), [("kornia", "kornia"), ("opencv", "cv2"), ("ffcv", "cv2")])
-def test_a_peer_that_is_absent_is_one_line(name, needs, monkeypatch):
-    for module in [needs, f"{needs}.augmentation"]:
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, PEERS[name], raising=False)
-    with pytest.raises(EnvironmentFault, match=f"--peer {name}: .*{needs}"):
-        data.main(["--peer", name])
-    assert EnvironmentFault.exit_code == 5
+def nnclr_loss_func(nn, p, temperature):
+    logits = F.normalize(nn, dim=1) @ F.normalize(p, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(p)))
+"""
+SIMCLR = """
+import torch
 
 
-def test_views_that_look_otherwise_are_refused():
-    views = torch.randn(2, 512, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = torch.randn(2, 512, 3, 1, 1, generator=torch.Generator().manual_seed(1))
-    ours, theirs = [images[0] + views[0]], [images[0] + views[1]]
-    assert "correct" in data.looks(ours, theirs)
-    for wrong in (theirs[0] + 0.3, 1.3 * theirs[0], views[1], theirs[0][..., :4]):
-        with pytest.raises(NumericsError):
-            data.looks(ours, [wrong])
+def simclr_loss_func(z, indexes, temperature):
+    print("words on standard output")
+    z = torch.nn.functional.normalize(z, dim=1)
+    own = torch.eye(len(z), dtype=torch.bool)
+    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+"""
+LARS = """
+import torch
 
 
-def test_a_goal_may_be_the_peers(tmp_path):
-    rows = [measure.row("D2", "fast engine", "images/CPU-s", name, found(5.0)) for name in ("kornia", "OpenCV and numpy")]
-    _, text = page(tmp_path, [*rows, measure.row("D4", "crops", "images/CPU-s", "DALI", found(3.0))])
-    assert ["| >= 12x | **no** |", "| >= 3x | yes |", "| >= 2x | yes |"] == [
-        line[line.index("| >=") :] for line in text.splitlines() if line.startswith("| D")
-    ]
+class LARS(torch.optim.SGD):
+    def __init__(self, params, lr, momentum, weight_decay, eta, clip_lr, exclude_bias_n_norm):
+        super().__init__(params, lr=1.0, momentum=momentum)
+        self.own = lr, weight_decay, eta
+
+    def step(self):
+        lr, decay, eta = self.own
+        for p in self.param_groups[0]["params"]:
+            r = min(eta * p.norm() / (p.grad.norm() + decay * p.norm() + 1e-8) / lr, 1) if p.ndim > 1 else 1
+            p.grad = lr * r * (p.grad + decay * (p.ndim > 1) * p.detach())
+        super().step()
+"""
+FILES = {
+    "__init__.py": "import not_installed", "losses/__init__.py": "", "utils/__init__.py": "import not_installed_either",
+    "losses/nnclr.py": NNCLR, "losses/simclr.py": SIMCLR, "losses/barlow.py": "import not_here", "utils/lars.py": LARS,
+    "losses/vicreg.py": "def vicreg_loss_func(z1, z2, *weights):\n    return (z1 * z2).mean()",
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peer")
+    for name, text in FILES.items():
+        file = folder / "solo" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peer(path):
+    with Checkout(path, "loss") as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [lambda: simclr_pair(32), lambda: loss.nnclr_pair(16)], ids=["nt_xent", "nnclr"])
+def test_its_own_code_is_checked_and_timed(pair, peer):
+    (row,) = loss._against(pair(), peer, 2)
+    assert row.peer == "solo-learn's own code" and row.pairs == 2 and len(row.ratios) == 2 and row.value > 0 < row.peer_value
+
+
+@pytest.mark.slow
+def test_another_value_stops_the_bench(peer):
+    z = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(SoloError, match="ours and the peer's differ"):
+        loss._against(Pair("L2", "VICReg", lambda a, b: (a * b).sum(), lambda a, b: a, z, "vicreg"), peer, 1)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_imported_is_left_out_with_a_word(peer, capsys):
+    z = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    assert loss._against(Pair("L2", "Barlow", lambda a, b: (a * b).sum(), lambda a, b: a, z, "barlow"), peer, 1) == []
+    said = "Barlow is left out: solo-learn's own code says ModuleNotFoundError: No module named 'not_here'"
+    assert said in capsys.readouterr().out
+    assert loss._against(search_pair(2, 64, 5), peer, 1) == [] == capsys.readouterr().out.splitlines()     # it has none
+
+
+@pytest.mark.slow
+def test_a_step_of_its_lars(path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "Step", Small)
+    (row,) = step.beside(path, 2)
+    assert row.id == "S4" and row.pairs == 2 and "from solo-learn's own code" in capsys.readouterr().out
+    file = path / "solo" / "utils" / "lars.py"
+    try:
+        file.write_text(LARS.replace("+ decay *", "+ 2 * decay *"))
+        with pytest.raises(SoloError, match="LARS: a weight differs by"):
+            step.beside(path, 1)
+    finally:
+        file.write_text(LARS)
+
+
+class Small:
+    """What `step.beside` takes of a step."""
+
+    def __init__(self, *_, **__):
+        weights = [torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_()]
+        groups = [{"params": weights, "lr": 0.4, "weight_decay": 1e-2}]
+        self.optimizer = optim.LARS(groups, 0.4, 0.9, eta=0.02, clip_lr=True, exclude_bias_n_norm=True)
+
+
+@pytest.mark.parametrize("subject", [loss, step])
+def test_a_folder_without_a_peer_is_one_line(subject, tmp_path):
+    with pytest.raises(ConfigError, match="is none of these") as error:
+        subject.main(["--peer", str(tmp_path)])
+    assert error.value.exit_code == 2
+
+
+def test_compiled_formulas_take_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(EnvironmentFault, match="needs a C") as error:
+        loss.main(["--peer", "torch-compile", "--only", "L4"])
+    assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize("words", [["--only", "L9"], ["--only", "L5", "--peer", "torch-compile"]])
+def test_an_unknown_measurement_is_one_line(words):
+    with pytest.raises(ConfigError, match="--only takes"):
+        loss.main(words)

@@ -51,6 +51,12 @@ def simclr(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
     return -torch.log(positive / (positive + negative)).mean()
 
 
+def nnclr(nn: Tensor, p: Tensor, temperature: float) -> Tensor:
+    """NNCLR's term of one direction: cross-entropy over all predictions (Dwibedi et al. 2021, eq. 2)."""
+    logits = F.normalize(nn, dim=1) @ F.normalize(p, dim=1).T / temperature                         # [n, n]
+    return F.cross_entropy(logits, torch.arange(len(p)))
+
+
 def nearest(z: Tensor, queue: Tensor) -> Tensor:
     """NNCLR's lookup: the arg-max of one row of N x K (Dwibedi et al. 2021, eq. 2)."""
     return (z @ queue.T).max(dim=1).indices

@@ -1,4 +1,8 @@
-"""A training step as the field writes it: the same networks and losses, each part around them in its published form."""
+"""A training step as solo-learn writes it: the same networks and the same loss, each part in its published form.
+
+Each view passes by itself, is looked up by itself and has a term of its own. Not here: the online classifier and the logging,
+which a step of ours leaves to callbacks (`solo.bench.step.overhead` times those).
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from solo.batch import Batch
 from solo.batching import ViewBatching
+from solo.losses.all4one import feature_loss_func
 from solo.methods import Method
-from solo.nn import Queue, Teacher
+from solo.methods.all4one import All4One
+from solo.methods.nnclr import NNCLR
+from solo.nn import Queue, Teacher, neighbour_accuracy
 
 
 class LoopLARS(Optimizer):
@@ -32,7 +40,7 @@ class LoopLARS(Optimizer):
                 if p.ndim != 1:
                     p_norm, g_norm = torch.norm(p), torch.norm(update)
                     if p_norm != 0 and g_norm != 0:
-                        ratio = p_norm / (g_norm + decay * p_norm + 1e-8) * group["eta"]
+                        ratio = group["eta"] * p_norm / (g_norm + p_norm * decay + 1e-8)
                         ratio = min(ratio / group["lr"], 1)
                         update = update.add(p, alpha=decay).mul(ratio)
                 state = self.state[p]
@@ -76,7 +84,53 @@ class LoopTeacher(Teacher):
         return tau
 
 
-_AS_PUBLISHED: dict[type, type] = {Queue: LoopQueue, Teacher: LoopTeacher}
+class PublishedNNCLR(NNCLR):
+    """A search and a term for each view."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        f1, f2 = map(self.backbone, batch.views)                                # [B, dim]
+        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
+        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, D]
+        (n1, y), (n2, _) = self.queue.nearest(z1), self.queue.nearest(z2)       # [B, 1, D]
+        t = self.config.temperature
+        loss = _nce(n1[:, 0], p2, t) / 2 + _nce(n2[:, 0], p1, t) / 2
+        self.queue.push(z1, batch.labels)
+        return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[:, 0], batch.labels)}
+
+
+class PublishedAll4One(All4One):
+    """A search, two passes through the transformer and three terms for each view; heads run once more, for nothing."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        f1, f2 = map(self._forward, batch.views)                                # [B, dim]
+        m1, m2 = (F.normalize(self.teacher(view), dim=-1) for view in batch.views)
+        z1, z2 = self.projector(f1), self.projector(f2)                         # [B, D]
+        p1, p2 = self.predictor(z1), self.predictor(z2)                         # [B, D]
+        c1, c2 = self.centroid_predictor(z1), self.centroid_predictor(z2)       # [B, D]
+        k, t, ct = self.config.neighbours, self.config.temperature, self.config.centroid_temperature
+        (n1, y), (n2, _) = self.queue.nearest(m1, k), self.queue.nearest(m2, k)     # [B, k, D]
+        b1, b2 = (torch.cat([c[:, None], n[:, :-1]], dim=1) for c, n in ((c1, n1), (c2, n2)))
+        a1, a2, b1, b2 = (self.transformer(tokens + self.position)[:, 0] for tokens in (n1, n2, b1, b2))    # [B, D]
+        centroid = _nce(a1, b2, ct) / 2 + _nce(a2, b1, ct) / 2
+        neighbour = _nce(n1[:, 0], p2, t) / 2 + _nce(n2[:, 0], p1, t) / 2
+        loss = (centroid + neighbour + feature_loss_func((z1, z2), (m1, m2))) / 2
+        self.queue.push(m1, batch.labels)
+        return {"loss": loss, "feats": torch.cat([f1, f2]), "nn_acc": neighbour_accuracy(y[:, 0], batch.labels)}
+
+    def _forward(self, view: Tensor) -> Tensor:
+        features = self.backbone(view)
+        self.predictor(self.projector(features))        # thrown away, and computed anew by the step
+        return features
+
+
+def _nce(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    logits = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T / temperature    # [B, B]
+    return F.cross_entropy(logits, torch.arange(len(x), device=x.device))
+
+
+_AS_PUBLISHED: dict[type, type] = {
+    Queue: LoopQueue, Teacher: LoopTeacher, NNCLR: PublishedNNCLR, All4One: PublishedAll4One,
+}
 
 
 def as_published(method: Method) -> Method:

@@ -1,6 +1,7 @@
-"""Other programs' ways to a recipe's views, timed where they are installed (``--peer NAME``); none is a requirement.
+"""Other programs, timed where they are installed (``--peer NAME``); none is a requirement.
 
-Their random numbers are their own, so their views are held to ours by what batches of them look like.
+Here are those that make a recipe's views. Their random numbers are their own, so their views are held to ours by what
+batches of them look like. A folder with a peer's own losses and steps is for `solo.bench.peers.checkout`.
 """
 
 from importlib import import_module
@@ -47,3 +48,8 @@ def peer(name: str) -> type[Peer]:
         return import_module(PEERS[name]).Peer
     except ImportError as error:
         raise EnvironmentFault(f"--peer {name}: {error}") from error
+
+
+def named(subject: str) -> list[str]:
+    """The names that ``--peer`` takes for a subject of `solo.bench`, besides a folder."""
+    return {"data": list(PEERS), "loss": ["torch-compile"]}.get(subject, [])
