@@ -15,10 +15,9 @@ from torch import Tensor
 
 from solo.data.engines.kernel_torch import LUMA
 from solo.data.engines.torchvision import blur_radius
-from solo.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, SOLARIZE_THRESHOLD, Params, View
+from solo.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION, SOLARIZE_THRESHOLD, Params, View
 
 _UNTOUCHED = -1  # beside the parts of colour jitter, the numbers in `Params.order`
-_SLOTS = range(4)
 Node = Any  # what flows through the graph: a value per image
 
 
@@ -63,11 +62,13 @@ class Graph:
 def _values(view: View, params: Params, channels: int) -> dict[str, np.ndarray]:
     """What the graph of one view asks for, by name: a row per image."""
     flag, number = np.int32, np.float32
-    values = {"start": params.box[:, :2].copy(), "shape": params.box[:, 2:].copy(), "flip": params.flip.astype(flag)}
+    corner, extent = (np.ascontiguousarray(part, flag) for part in np.split(params.box, 2, axis=1))
+    values = {"start": corner, "shape": extent, "flip": params.flip.astype(flag)}
     if view.color_jitter.prob:
-        for slot in _SLOTS:
-            part = np.where(params.jitter, params.order[:, slot], _UNTOUCHED)
-            factor = np.take_along_axis(params.factors, params.order[:, slot : slot + 1], axis=1)[:, 0]
+        for slot, part in enumerate(params.order.T):
+            factor = params.factors[np.arange(len(part)), part]
+            changes = params.jitter & (factor != np.array(NEUTRAL)[part])
+            part = np.where(changes, part, _UNTOUCHED)
             values |= {f"part{slot}_": part.astype(flag), f"factor{slot}_": factor.astype(number)}
     if view.grayscale.prob and channels == 3:
         values["gray"] = params.gray
@@ -95,12 +96,12 @@ def _view(
     view: View, image: Node, value: Callable[[str], Node], mean: Sequence[float], std: Sequence[float], gpu: bool
 ) -> Node:
     """One view of the decoded images; ``value`` gives what `_values` has under that name."""
-    x = fn.slice(image, value("start"), value("shape"), axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+    x = fn.slice(image, start=value("start"), shape=value("shape"), axes=(0, 1))
     size = (view.crop_size, view.crop_size)
     x = fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.FLOAT)
     x = math.clamp(x / 255.0, 0.0, 1.0)  # [S, S, C]
     if view.color_jitter.prob:
-        for slot in _SLOTS:
+        for slot in range(4):
             factor = value(f"factor{slot}_")
             x = _jitter(x, value(f"part{slot}_"), factor.gpu() if gpu else factor, len(mean))
     if view.grayscale.prob and len(mean) == 3:
