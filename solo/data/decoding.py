@@ -117,11 +117,10 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             plain = image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-            if plain and image.getexif().get(_ORIENTATION, 1) == 1 and _whole(content):
-                return image.height, image.width
-    except Exception:  # as in `decode`
-        pass
-    return None
+            upright = plain and image.getexif().get(_ORIENTATION, 1) == 1
+            return (image.height, image.width) if upright and _whole(content) else None
+    except Exception:  # as in `decode`, which says which
+        return None
 
 
 def _whole(content: bytes) -> bool:

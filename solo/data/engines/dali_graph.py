@@ -138,18 +138,14 @@ def _luma(x: Node, channels: int) -> Node:
 
 
 def _hue(x: Node, shift: Node) -> Node:
-    """As `solo.data.engines.chain`: from HSV each channel is v - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6."""
-    r, g, b = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
-    value = math.max(r, math.max(g, b))
-    chroma = value - math.min(r, math.min(g, b))
-    inverse = 1.0 / math.max(chroma, 1e-12)
-    red = value == r
-    green = (value == g) & (value > r)
-    blue = 1.0 - red - green
-    six = (red * (g - b) + green * (b - r) + blue * (r - g)) * inverse + 2.0 * green + 4.0 * blue + 6.0 * shift
-    return fn.cat(*(_channel(value, chroma, six + n) for n in (5.0, 3.0, 1.0)), axis=2)
+    """As `solo.data.engines.chain`: from HSV each channel is v - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6.
 
-
-def _channel(value: Node, chroma: Node, k: Node) -> Node:
-    k = k - 6.0 * math.floor(k / 6.0)
+    6 hue + 2 is, of the channels that are the largest, the largest number that one of them would make it.
+    """
+    value, least = (reduced(x, axes=[2], keep_dims=True) for reduced in (fn.reductions.max, fn.reductions.min))
+    chroma = value - least
+    numbers = fn.coord_transform(x / math.max(chroma, 1e-6), M=[0, 1, -1, -1, 0, 1, 1, -1, 0], T=[2, 4, 6])
+    six = fn.reductions.max((x == value) * numbers, axes=[2], keep_dims=True) + 6.0 * shift
+    k = fn.coord_transform(six, M=[1, 1, 1], T=[3, 1, -1]) / 6.0
+    k = 6.0 * (k - math.floor(k))
     return value - chroma * math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
