@@ -26,20 +26,22 @@ from solo.data.views import Chance, Params, View, sample
 from solo.errors import ConfigError, EnvironmentFault
 from solo.experiment import experiment
 from solo.run import pretrain
+from tests.attacks.datasets import IMAGES
 from tests.data.common import KINDS, broken, encoded, full_view, picture
 from tests.data.test_engines import ALONE
 from tests.tiny import values
 
 graphs = pytest.importorskip("solo.data.engines.dali_graph")
 
-CROPS = [name for name, view in ALONE.items() if view.rrc.enabled]
+CROPS = [name for name, view in ALONE.items() if view.rrc.enabled and name not in ("smaller", "larger")]
 COLOURS = [name for name, view in ALONE.items() if not view.rrc.enabled and not view.equalization.prob]
+SIMPLE = View(crop_size=16, horizontal_flip=Chance(prob=0.5), grayscale=Chance(prob=0.5))
 PLAN = [Slot(2, np.arange(i, i + 4)[::-1].copy()) for i in range(0, 12, 4)]
 
 
-def photographs(root: Path, count: int = 12) -> list[Path]:
+def photographs(root: Path) -> list[Path]:
     """JPEGs of several sizes in two classes, with a grey, a turned and a PNG one among them."""
-    paths = [root / "ab"[i % 2] / f"{i:02d}.jpg" for i in range(count)]
+    paths = [root / "ab"[i % 2] / f"{i:02d}.jpg" for i in range(12)]
     for i, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         image, exif = Image.fromarray(picture(i, 70 + 5 * i, 90)), Image.Exif()
@@ -72,7 +74,7 @@ def made(asked: Job, plan: list[Slot] = PLAN) -> list[Payload]:
 # --- the same image of the same numbers --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[3, 1], ids=["rgb", "grey"])
+@pytest.fixture(scope="module", params=[3, pytest.param(1, marks=pytest.mark.slow)], ids=["rgb", "grey"])
 def levels(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     """How far each operation is from the reference's, in grey levels: 24 images, all operations in one graph."""
     channels, names = request.param, [*CROPS, *COLOURS]
@@ -109,7 +111,7 @@ def test_real_photographs(shared_data: Callable[[str], Path]) -> None:
     from solo.data.tar import TarSource
 
     tar = TarSource(shared_data("imagenet-sample-256.tar"), "train", 3, "data.train_path")
-    asked, plan = job(tar, [full_view(96)], num_workers=1), [Slot(0, np.arange(0, 256, 16))]
+    asked, plan = job(tar, [full_view(96)], num_workers=1), [Slot(0, np.arange(0, 256, 32))]
     quick, slow = (list(payloads)[0].batch.views[0] for payloads in (made(asked, plan), TorchvisionEngine(asked).batches(plan)))
     found = (quick - slow).abs() * 0.2 * 255
     assert found.median() < 0.01 and (found > 1).float().mean() < 5e-3
@@ -153,7 +155,7 @@ def test_batches_are_the_references(source: FolderSource) -> None:
 
 
 def test_batches_that_are_kept_do_not_change(source: FolderSource) -> None:
-    for kept, again in zip(made(job(source), PLAN * 3), made(job(source)) * 3, strict=True):
+    for kept, again in zip(made(job(source, [SIMPLE]), PLAN * 3), made(job(source, [SIMPLE])) * 3, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(kept.batch.views, again.batch.views, strict=True))
 
 
@@ -162,7 +164,7 @@ def test_batches_that_are_kept_do_not_change(source: FolderSource) -> None:
 
 def photograph_module(root: Path, engine: str = "dali", **config: object) -> DataModule:
     options = {"dataset": "image_folder", "train_path": str(root), "num_workers": 1, "max_bad_fraction": 0.5, **config}
-    return DataModule(DataConfig(engine=engine, **options), [full_view(16)], 4, seed=1)
+    return DataModule(DataConfig(engine=engine, **options), [SIMPLE], 4, seed=1)
 
 
 @pytest.mark.parametrize("noticed", ["before", "by DALI only"])
@@ -208,6 +210,11 @@ def test_only_what_is_plainly_a_whole_jpeg_is_left_to_dali(part: str) -> None:
     assert engine_file.jpeg_size(good + b"more") == (20, 30)
 
 
+@pytest.mark.parametrize("name", [name for name, content in IMAGES.items() if isinstance(content, bytes)])
+def test_files_that_attack_are_not_left_to_dali(name: str) -> None:
+    assert engine_file.jpeg_size(IMAGES[name]) is None  # type: ignore[arg-type]
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -244,8 +251,8 @@ def test_a_run_continues_within_an_epoch_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_ranks_share_what_one_process_sees(source: FolderSource) -> None:
-    halves = [made(job(source), [Slot(2, slot.samples[part]) for slot in PLAN]) for part in (slice(2), slice(2, 4))]
-    for mine, *parts in zip(made(job(source)), *halves, strict=True):
+    halves = [made(job(source, [SIMPLE]), [Slot(2, slot.samples[part]) for slot in PLAN]) for part in (slice(2), slice(2, 4))]
+    for mine, *parts in zip(made(job(source, [SIMPLE])), *halves, strict=True):
         assert torch.equal(mine.batch.views[0], torch.cat([part.batch.views[0] for part in parts]))
 
 
@@ -300,6 +307,7 @@ def test_every_kind_of_dataset(kind: str, tmp_path: Path, shared_data: Callable[
     assert (mine.views[0] - theirs.views[0]).abs().median() < 1e-2
 
 
+@pytest.mark.slow
 def test_a_method_trains_on_it(tmp_path: Path) -> None:
     content = values("simclr", tmp_path, max_epochs=1)
     content["data"]["engine"] = "dali"
