@@ -2,7 +2,6 @@
 
 import errno
 import io
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,6 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}
 _WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
 
 _RGB = 3
-
-_SCAN, _END = 0xDA, 0xD9  # a JPEG's markers of a scan and of its end
-_SEGMENTS = {0xC0, 0xC1, 0xC2, 0xC4, 0xDB, _SCAN, 0xDD, *range(0xE0, 0xF0), 0xFE}  # what a decoder of photographs knows
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # that ends a scan: neither a stuffed byte nor a restart
 
 
 def _torchvision(content: bytes) -> np.ndarray:
@@ -107,36 +102,6 @@ def decode(content: bytes, in_chans: int) -> np.ndarray:
         raise BadImage(f"UnidentifiedImageError: none of the image formats ({len(content)} bytes)") from error
     except Exception as error:  # decoders raise whatever the broken bytes lead them to
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}") from error
-
-
-def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Height and width of what is plainly a whole JPEG: RGB, upright, of known segments up to its end.
-
-    ``None`` says nothing but that `decode` has to tell.
-    """
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-            plain = image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-            upright = plain and image.getexif().get(_ORIENTATION, 1) == 1
-            return (image.height, image.width) if upright and _whole(content) else None
-    except Exception:  # as in `decode`, which says which
-        return None
-
-
-def _whole(content: bytes) -> bool:
-    """Whether the segments of a JPEG, and the scans that follow some, lead to the marker of its end."""
-    place = 2
-    while content[place : place + 1] == b"\xff":
-        marker = content[place + 1]
-        if marker == _END:
-            return True
-        if marker not in _SEGMENTS:
-            return False
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-        if marker == _SCAN:
-            found = _MARKER.search(content, place)
-            place = len(content) if found is None else found.start()
-    return False
 
 
 def _channels(image: Image.Image, in_chans: int) -> np.ndarray:

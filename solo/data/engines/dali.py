@@ -21,10 +21,10 @@ import torch
 from solo.batch import Batch
 from solo.console import say
 from solo.data.bad import replaced
-from solo.data.decoding import jpeg_size
 from solo.data.engines import ENGINES, Job, Payload, Slot
 from solo.data.engines.ahead import ahead
 from solo.data.engines.workers import worker_count
+from solo.data.jpeg import jpeg_size
 from solo.data.random import Draws
 from solo.data.subsets import encoded
 from solo.data.views import View, sample
