@@ -201,7 +201,7 @@ def test_only_what_is_plainly_a_whole_jpeg_is_left_to_dali(part: str) -> None:
         "cut": good[:-20],
         "no end": good[:-2],
         "another marker": good[:scan] + b"\xff\x73" + good[scan:],
-        "unknown segment": good[:2] + b"\xff\x73\x00\x02" + good[2:],
+        "unknown segment": good[:2] + b"\xff\xf0\x00\x02" + good[2:],
         "grey": encoded(image.convert("L"), "JPEG").getvalue(),
         "turned": encoded(image, "JPEG", exif=exif).getvalue(),
         "none": encoded(image, "PNG").getvalue(),
