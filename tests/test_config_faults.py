@@ -138,7 +138,8 @@ import sys
 sys.modules.update(dict.fromkeys({optional!r}))
 import importlib, pkgutil, solo
 names = [module.name for module in pkgutil.walk_packages(solo.__path__, "solo.")]
-needs = [name for name in names if name.startswith("solo.bench") or name.rpartition(".")[2] in ("chain", "jit", "kernel_numba")]
+alone = ("chain", "jit", "kernel_numba", "dali_graph")
+needs = [name for name in names if name.startswith("solo.bench") or name.rpartition(".")[2] in alone]
 needs += [name for name in names if "triton" in name]
 for name in sorted(set(names) - set(needs)):
     importlib.import_module(name)

@@ -54,7 +54,7 @@ def test_what_solo_imports_is_what_it_asks_for():
         "pytorch_lightning": "pytorch-lightning",
         "umap": "umap-learn",
         "lightning_fabric": "pytorch-lightning",
-        "nvidia": "nvidia-dali-cuda120",
+        "nvidia": "nvidia-dali-cuda130",
         "open_clip": "open_clip_torch",
     }
     imported = set()

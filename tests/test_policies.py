@@ -50,7 +50,7 @@ HOMES = {
     "simplejpeg": "data/decoding.py",
     "kornia": "bench/peers/",
     "cv2": "bench/peers/",
-    "nvidia": "data/engines/dali.py",
+    "nvidia": ("data/engines/dali_graph.py", "bench/peers/dali.py"),
     "wandb": "loggers.py",
     "umap": "eval/umap.py",
     "open_clip": "towers.py",

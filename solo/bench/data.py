@@ -75,7 +75,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m solo.bench data", description=__doc__)
     parser.add_argument("--recipe", default="cifar-asym", help=f"{', '.join(RECIPES)}, or a pretraining YAML file")
     parser.add_argument("--stage", choices=large.STAGES, help="of images above 64 px: only this; default: each")
-    parser.add_argument("--peer", choices=PEERS, help="only beside this one, where it is installed; images up to 64 px")
+    parser.add_argument("--peer", choices=PEERS, help="only beside this one, where it is installed; above 64 px: dali")
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each way, in turn")
     parser.add_argument("--no-step", action="store_true", help="do not run the recipe's method to name the bound")
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")

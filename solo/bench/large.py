@@ -14,6 +14,7 @@ from PIL import Image
 
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.measure import alternate, row, table, write
+from solo.bench.peers import peer
 from solo.data.engines import Job, Payload, Slot
 from solo.data.engines.large import LargeEngine
 from solo.data.engines.torchvision import TorchvisionEngine
@@ -25,12 +26,14 @@ from solo.errors import ConfigError, NumericsError
 
 STAGES = {"cpu": ("D4", "decode and crops, uint8"), "all-cpu": ("D5", "all on the CPU")}
 _BATCH, _BATCHES = 32, 2  # images of one measurement: two batches
+_PEERS = ("dali",)  # of `PEERS`, those that also decode
+Batches = Callable[[np.ndarray], list[torch.Tensor]]  # the views of these samples
 _COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
 
 
 def main(arguments: argparse.Namespace, data: DataModule) -> None:
     """Print and keep a row per stage."""
-    if arguments.peer:
+    if arguments.peer not in (None, *_PEERS):
         raise ConfigError(f"--peer {arguments.peer} is for images up to 64 px")
     job = replace(data.job, config=replace(data.config, num_workers=0))
     source = job.source
@@ -40,13 +43,13 @@ def main(arguments: argparse.Namespace, data: DataModule) -> None:
     pixels = statistics.mean(height * width for height, width, _ in sizes) / 1e6
     print(f"{arguments.recipe}: {len(source):,} images of {pixels:.2f} MP on average, {len(job.views)} views", flush=True)
     print(correctness(job), flush=True)
-    baseline = PILBaseline(job, lambda i: Image.open(io.BytesIO(source.encoded(i))).convert("RGB"))
     rows = []
     for stage in [arguments.stage] if arguments.stage else STAGES:
         id, what = STAGES[stage]
-        found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, baseline), arguments.pairs)
+        whose, batch = _other(job, source, arguments.peer, stage)
+        found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, batch), arguments.pairs)
         note = f"{what}, {len(job.views)} views of {job.views[0].crop_size} px, images of {pixels:.2f} MP"
-        rows.append(row(id, note, "images/CPU-s", _COPIES, found))
+        rows.append(row(id, note, "images/CPU-s", whose, found))
     print(table(rows), flush=True)
     if not arguments.no_write:
         write(rows)
@@ -86,6 +89,15 @@ def engine_work(job: Job, finish: bool) -> Callable[[], int]:
     return lambda: sum(len(done(payload).index) for payload in engine.batches(slots(_BATCHES)))
 
 
-def _work(job: Job, baseline: PILBaseline) -> Callable[[], int]:
+def _other(job: Job, source: FolderSource | TarSource, name: str | None, stage: str) -> tuple[str, Batches]:
+    """Whose way a stage is compared with, and the way: solo-learn's does not stop after the crops, a peer's does."""
+    if name is not None:
+        kind: Any = peer(name)
+        other = kind(job, only_crops=stage == "cpu")
+        return other.name, other.batch
+    return _COPIES, PILBaseline(job, lambda i: Image.open(io.BytesIO(source.encoded(i))).convert("RGB")).batch
+
+
+def _work(job: Job, batch: Batches) -> Callable[[], int]:
     slots = _slots(job)
-    return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in slots(_BATCHES))
+    return lambda: sum(len(batch(slot.samples)[0]) for slot in slots(_BATCHES))

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _TRIES = 100
 _STAND_IN = 0x7375627374
+T = TypeVar("T")
 Loaded = tuple[int, np.ndarray, list[tuple[int, str]]]  # the index shown, its pixels, (index, reason) of all that failed
 
 
@@ -35,11 +36,18 @@ def load_or_replace(source: Source, seed: int, epoch: int, index: int) -> Loaded
     Raises:
         DataError: no readable image among the stand-ins tried.
     """
+    return replaced(source.load, source, seed, epoch, index)
+
+
+def replaced(
+    load: Callable[[int], T], source: Source, seed: int, epoch: int, index: int
+) -> tuple[int, T, list[tuple[int, str]]]:
+    """The same of what ``load`` makes of an image of the source, or raises `BadImage` for."""
     failed: list[tuple[int, str]] = []
     shown = index
     for attempt in range(_TRIES):
         try:
-            return shown, source.load(shown), failed
+            return shown, load(shown), failed
         except BadImage as error:
             failed.append((shown, str(error)))
             shown = stand_in(seed, epoch, index, attempt, len(source))

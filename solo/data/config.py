@@ -16,8 +16,9 @@ class DataConfig:
         val_path: the same for validation; null: the dataset's own test part, or the folder beside ``train`` called
             ``val``, ``valid``, ``validation`` or ``test``.
         engine: ``fast`` (images of one size up to 64 px in memory, augmented in one thread; larger ones decoded and cropped
-            by workers, the rest on the device), ``torchvision`` (the reference: workers do it all) or ``auto``: fast.
-        num_workers: worker processes, where the engine has some.
+            by workers, the rest on the device), ``torchvision`` (the reference: workers do it all), ``dali`` (JPEGs decoded
+            and augmented on the GPU by NVIDIA's library; not to the bit the reference's) or ``auto``: fast.
+        num_workers: worker processes, where the engine has some; threads that read, and threads of DALI, of ``dali``.
         threads: threads of the fast engine that share each batch of small images; one feeds a GPU.
         kernel: what computes in the fast engine on a CPU, ``numba``, ``torch`` (several times slower, always there) or
             ``auto``; on a GPU it is always torch.
@@ -36,7 +37,7 @@ class DataConfig:
     dataset: str = "digits"
     train_path: str | None = None
     val_path: str | None = None
-    engine: Literal["auto", "fast", "torchvision"] = "auto"
+    engine: Literal["auto", "fast", "torchvision", "dali"] = "auto"
     num_workers: int = 4
     threads: int = 1
     kernel: KernelName = "auto"

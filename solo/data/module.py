@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec, statistics
-from solo.data.engines import ENGINES, Job, choose
+from solo.data.engines import ENGINES, Job, choose, dali
 from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
@@ -55,6 +56,8 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.views = expand(views)
+        if config.engine == "dali":
+            dali.require(self.views)
         row = DATASETS[config.dataset]
         whole = row.open(config, True)
         assert whole is not None
@@ -112,7 +115,8 @@ class DataModule(pl.LightningDataModule):
     def job(self) -> Job:
         """What the engine is told."""
         self._settled()
-        return Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return Job(self._train, self.views, self.spec.mean, self.spec.std, self.seed, self.config, device)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of views, from the position last set or loaded, else from where the trainer stands."""

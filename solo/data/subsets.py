@@ -35,6 +35,14 @@ class Subset:
         return None if whole is None else digest(whole, self.rows.tobytes())
 
 
+def encoded(source: Source, i: int) -> bytes | None:
+    """The bytes of image i, where the source has them; `BadImage` where they cannot be read."""
+    if isinstance(source, Subset):
+        return encoded(source.source, int(source.rows[i]))
+    read = getattr(source, "encoded", None)
+    return None if read is None else read(i)
+
+
 def stratified(labels: np.ndarray, count: int, first: bool) -> np.ndarray:
     """Sorted positions of ``count`` samples with each class in proportion, every class at least once where possible.
 

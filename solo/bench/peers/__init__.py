@@ -14,6 +14,7 @@ from solo.data.engines import Job
 from solo.errors import EnvironmentFault
 
 PEERS = {
+    "dali": "solo.bench.peers.dali",
     "ffcv": "solo.bench.peers.ffcv",
     "kornia": "solo.bench.peers.kornia",
     "opencv": "solo.bench.peers.opencv",

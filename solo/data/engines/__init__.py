@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from solo.batch import Batch
 from solo.data.config import DataConfig
@@ -41,6 +42,7 @@ class Job:
         source: the training images.
         views: one per copy, large crops first.
         mean, std: per channel.
+        device: where the batches will be used.
     """
 
     source: Source
@@ -49,6 +51,7 @@ class Job:
     std: tuple[float, ...]
     seed: int
     config: DataConfig
+    device: torch.device = torch.device("cpu")
 
     @property
     def in_chans(self) -> int:

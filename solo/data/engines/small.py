@@ -1,13 +1,9 @@
 """The fast engine's side for small images: in memory, batches made ahead by a background thread, no worker processes."""
 
-import atexit
-import queue
-import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,6 +12,7 @@ from torch import Tensor
 from solo.batch import Batch
 from solo.data.bad import stand_in
 from solo.data.engines import Job, Payload, Slot
+from solo.data.engines.ahead import ahead
 from solo.data.engines.kernels import kernel
 from solo.data.sources import ArraySource
 
@@ -35,7 +32,7 @@ class SmallEngine:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="solo-fast-kernel") if threads > 1 else None
 
     def batches(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
-        return _ahead(self._make(slot) for slot in plan)
+        return ahead((self._make(slot) for slot in plan), _AHEAD, "solo-fast-engine")
 
     def finish(self, batch: Batch) -> Batch:
         """Nothing is left to do."""
@@ -104,46 +101,3 @@ class Memory:
             return small
         with torch.cuda.device(self._device):
             return small.pin_memory()
-
-
-def _ahead(payloads: Iterator[Payload]) -> Generator[Payload, None, None]:
-    """The same payloads, made by one thread a little ahead. Leaving early, or an error on either side, joins it."""
-    ready: queue.Queue[Payload | BaseException | None] = queue.Queue(maxsize=_AHEAD)
-    stop = threading.Event()
-
-    def put(item: Payload | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for payload in payloads:
-                if not put(payload):
-                    return
-            put(None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=produce, name="solo-fast-engine", daemon=True)
-
-    def close() -> None:
-        stop.set()
-        with suppress(queue.Empty):
-            ready.get_nowait()  # room for a producer that waits for some: it sees at once that it is to stop
-        thread.join()
-
-    thread.start()
-    atexit.register(close)  # the interpreter must not end under a running thread
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        close()
-        atexit.unregister(close)
