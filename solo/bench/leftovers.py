@@ -12,6 +12,9 @@ from torch import Tensor
 from solo import checkpoint, files
 from solo.errors import SoloError
 
+# What a checkpoint holds beside where it is stored, and how often Lightning restarted its loops.
+STATE = ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")
+
 
 def entries(folder: Path) -> dict[str, str]:
     """File names and checksums of a manifest."""
