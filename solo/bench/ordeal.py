@@ -107,7 +107,7 @@ class Ordeal:
         Returns:
             Whether it finished.
         """
-        before, known, board = valid_steps(self.saved), [trace.stat().st_size for trace in self.traces], mmap.mmap(-1, 2)
+        before, board = self.look(), mmap.mmap(-1, 2)
         children = processes.fork(self.ranks, self.log, lambda rank: _live(self, rank, board, operation, after))
         doomed = [] if instant is None else [children[rank] for rank in victims or range(self.ranks)]
         statuses = self._end(children, board, instant, doomed)
@@ -115,13 +115,22 @@ class Ordeal:
         self.kills += killed
         if not killed and any(statuses):
             self.problems.append(f"refused: {' '.join(self.log.read_text(errors='replace').strip().splitlines()[-1:])}")
-        new = [trace.read_bytes()[size:] for trace, size in zip(self.traces, known, strict=True)]
-        for rank, content in enumerate(new):
-            self._compare(rank, [(step, loss) for step, loss, _ in RECORD.iter_unpack(content)], before)
-        self.problems += self._left(before, any(new))
-        if not killed and not any(statuses) and self.truth is not None:
-            self.problems += self._end_state()
+        self.judge(before, finished=not any(statuses))
         return not killed
+
+    def look(self) -> tuple[list[int], list[int]]:
+        """Steps of the valid checkpoints, and how much each rank has noted: where a life begins."""
+        return valid_steps(self.saved), [trace.stat().st_size for trace in self.traces]
+
+    def judge(self, before: tuple[list[int], list[int]], finished: bool) -> None:
+        """Hold what a life has noted and left against the truth."""
+        steps, sizes = before
+        new = [trace.read_bytes()[size:] for trace, size in zip(self.traces, sizes, strict=True)]
+        for rank, content in enumerate(new):
+            self._compare(rank, [(step, loss) for step, loss, _ in RECORD.iter_unpack(content)], steps)
+        self.problems += self._left(steps, any(new))
+        if finished and self.truth is not None:
+            self.problems += self._end_state()
 
     def _end(self, children: list[int], board: mmap.mmap, instant: float | None, victims: list[int]) -> list[int]:
         """Wait for the processes, or kill some at their instant; the exit statuses."""
@@ -172,7 +181,8 @@ class Ordeal:
     def _left(self, before: list[int], trained: bool) -> Iterator[str]:
         """What is wrong with what a process left."""
         now = valid_steps(self.saved)
-        saves = max(now, default=0) - max(before, default=0)
+        steps = max(now, default=0) - max(before, default=0)
+        saves = steps if self.config.checkpoint.minutes == 0 else min(steps, 1)
         if saves > 0 and len(now) < min(2, len(before) + saves):
             yield f"too few: of the checkpoints {before} and {saves} new ones, {now} are valid"
         yield from (f"unreadable: {problem}" for problem in broken(self.saved, self.damaged))
@@ -199,7 +209,9 @@ class Ordeal:
 # --- the trainer's process ----------------------------------------------------------------------------------------------
 
 
-class _Trace(pl.Callback):
+class Trace(pl.Callback):
+    """Notes the loss of every step."""
+
     def __init__(self, board: mmap.mmap, file: int) -> None:
         self.board, self.file = board, file
 
@@ -224,7 +236,7 @@ def _live(
         board[WRITING] = 0
 
     checkpoint.save = marked
-    pretrain(run.config, [_Trace(board, os.open(run.traces[rank], os.O_WRONLY | os.O_APPEND))])
+    pretrain(run.config, [Trace(board, os.open(run.traces[rank], os.O_WRONLY | os.O_APPEND))])
     if after is not None:
         after()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -89,17 +90,22 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(rank: int, ranks: int, port: int, log: Path, body: Callable[[int], object]) -> None:
+def _run(rank: int, ranks: int, port: int, log: Path, body: Callable[[int], object]) -> NoReturn:
+    torch.set_num_threads(1)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+        rank_zero_only.rank = rank              # type: ignore[attr-defined]
+    end_with(lambda: body(rank))
+
+
+def end_with(work: Callable[[], object]) -> NoReturn:
+    """Do it and end this process at once, with the exit code a command would have."""
     code: object = 1
     try:
-        torch.set_num_threads(1)
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1), os.dup2(said, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        if ranks > 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-            rank_zero_only.rank = rank          # type: ignore[attr-defined]
-        body(rank)
+        work()
         code = 0
     except SystemExit as leaving:
         code = leaving.code
