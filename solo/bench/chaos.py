@@ -5,8 +5,11 @@ and starts the same call again. Every step's loss is compared with the uninterru
 killed process left is read after each kill, and an observer looks at the checkpoints all the while.
 """
 
+import argparse
+import math
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +20,8 @@ from typing import Any
 from solo.bench.everystep import STEPS, every_step
 from solo.bench.observer import Observer
 from solo.bench.ordeal import Ordeal, reference
-from solo.errors import ConfigError, Parser, SoloError
+from solo.bench.routes import ROUTES, interrupt
+from solo.errors import SIGNALS, ConfigError, Parser, SoloError
 from solo.methods import METHODS
 from solo.testing import tiny
 
@@ -62,12 +66,24 @@ class Tally:
         )
 
 
-def campaign(kills: int, seed: int, folder: Path, width: int = 800, ranks: int = 1) -> Tally:
-    """Kill at random instants until the number is reached, run after run; of several ranks one, or all at once."""
+def campaign(
+    kills: int, seed: int, folder: Path, width: int = 800, ranks: int = 1, limit: float = math.inf, progress: bool = False
+) -> Tally:
+    """Kill at random instants until the number is reached, run after run; of several ranks one, or all at once.
+
+    Args:
+        kills: how many.
+        seed: of the instants.
+        folder: where to work.
+        width: see `plan`.
+        ranks: processes of the run.
+        limit: seconds after which to stop, with fewer kills.
+        progress: whether to tell the tally after each run.
+    """
     generator, tally, began = random.Random(seed), Tally(), time.monotonic()
     content = plan(folder, width, ranks)
     truth = reference(content, folder / "whole")
-    while tally.kills < kills:
+    while tally.kills < kills and time.monotonic() < began + limit:
         run = Ordeal(content, folder / "run", truth)
         observer = Observer(run.saved, folder / "observer")
         finished = False
@@ -75,7 +91,8 @@ def campaign(kills: int, seed: int, folder: Path, width: int = 800, ranks: int =
             early = generator.random() < 0.05
             instant = -generator.uniform(0.02, 0.3) if early else generator.uniform(0, 3 * truth.step_seconds)
             victims = generator.choice([(), *([rank] for rank in range(ranks))]) if ranks > 1 else ()
-            finished = run.life(instant if tally.kills + run.kills < kills else None, victims=victims)
+            more = tally.kills + run.kills < kills and time.monotonic() < began + limit
+            finished = run.life(instant if more else None, victims=victims)
         looks, wrong = observer.end()
         tally.runs += 1
         tally.kills += run.kills
@@ -83,42 +100,71 @@ def campaign(kills: int, seed: int, folder: Path, width: int = 800, ranks: int =
         tally.steps += run.steps
         tally.looks += looks
         tally.problems += [*run.problems, *wrong]
+        tally.seconds = time.monotonic() - began
         shutil.rmtree(folder / "run")
-    tally.seconds = time.monotonic() - began
+        if progress:
+            print(tally, flush=True)
     return tally
 
 
+def interruptions(runs: int, seed: int, folder: Path, limit: float = math.inf) -> tuple[str, list[str]]:
+    """`interrupt` on each route in turn, by each signal in turn, at random steps: what was done, and what is wrong."""
+    generator, began, took, problems = random.Random(seed), time.monotonic(), [], []
+    at_its_end = {"frequency": 10**6, "minutes": 1e6}
+    contents = {n: plan(folder, ranks=n, data={"train_size": 128}, checkpoint=at_its_end) for n in (1, 2)}
+    truths = {n: reference(contents[n], folder / f"whole{n}") for n in contents}
+    while len(took) < runs and time.monotonic() < began + limit:
+        name = list(ROUTES)[len(took) % len(ROUTES)]
+        ranks, hard = ROUTES[name].ranks, ROUTES[name].times > 1        # a second Ctrl-C is meant to end it at once
+        number = generator.choice([number for number in SIGNALS if not (hard and number == signal.SIGINT)])
+        wait = generator.uniform(0, 20 * truths[ranks].step_seconds)
+        seconds, found = interrupt(name, number, wait, contents[ranks], folder / "run", truths[ranks])
+        took.append(seconds)
+        problems += found
+        print(f"{len(took)}: {number.name} to {name}: gone in {seconds:.1f} s{''.join(map('; {}'.format, found))}", flush=True)
+        shutil.rmtree(folder / "run")
+    said = f"{len(took)} runs over {len(ROUTES)} routes, {time.monotonic() - began:.0f} s: gone in {max(took):.1f} s at most"
+    return f"{said}, {len(problems)} problems", problems
+
+
 def resumes(folder: Path, ranks: int, methods: Sequence[str]) -> tuple[str, list[str]]:
-    """`every_step` of each method with and without workers: what was done, and what is wrong."""
+    """`every_step` of each method: what was done, and what is wrong."""
     began, problems = time.monotonic(), []
     for method in methods:
-        for workers in (0, 2):
-            found = every_step(method, folder / method, ranks, workers)
-            print(f"{method}, {workers} workers: {len(found)} of {STEPS - 1} resumes are not exact", flush=True)
-            problems += found
-    done = f"{len(methods)} methods, {2 * len(methods) * (STEPS - 1)} resumes by {ranks} processes"
+        found = every_step(method, folder / method, ranks)
+        print(f"{method}: {len(found)} differences in {STEPS - 1} resumes", flush=True)
+        problems += found
+    done = f"{len(methods)} methods, {len(methods) * (STEPS - 1)} resumes by {ranks} processes"
     return f"{done}, {time.monotonic() - began:.0f} s: {len(problems)} differences", problems
 
 
 def main(argv: list[str]) -> None:
-    """``python -m solo.bench chaos [--kills N | --every-step] [...]``: the exit code is 1 when anything was wrong."""
+    """``python -m solo.bench chaos [--kills N | --signals N | --every-step]``: the exit code is 1 when anything is wrong."""
     parser = Parser(prog="python -m solo.bench chaos", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kills", type=int, default=1000, help="random SIGKILLs (default: 1000)")
+    what.add_argument("--signals", type=int, help="runs that a signal ends, over all routes by which it can come")
     what.add_argument("--every-step", action="store_true", help="resume every method after every step")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4), help="gloo processes of the run (default: 1)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --every-step (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
+    parser.add_argument("--limit", type=float, default=math.inf, help="minutes after which to stop, with fewer kills or runs")
     arguments = parser.parse_args(argv)
-    if arguments.kills < 1:
-        raise ConfigError(f"--kills must be at least 1, got {arguments.kills}")
+    for name in ("kills", "signals"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
     with tempfile.TemporaryDirectory(prefix="solo-chaos-") as name:
-        folder = Path(name)
-        if arguments.every_step:
-            said, problems = resumes(folder, arguments.ranks, arguments.methods)
-        else:
-            tally = campaign(arguments.kills, arguments.seed, folder, ranks=arguments.ranks)
-            said, problems = str(tally), tally.problems
+        said, problems = _done(arguments, Path(name))
     print(said)
     if problems:
         raise SoloError("\n".join(problems[:20]))
+
+
+def _done(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
+    seed, limit = arguments.seed, 60 * arguments.limit
+    if arguments.every_step:
+        return resumes(folder, arguments.ranks, arguments.methods)
+    if arguments.signals:
+        return interruptions(arguments.signals, seed, folder, limit)
+    tally = campaign(arguments.kills, seed, folder, ranks=arguments.ranks, limit=limit, progress=True)
+    return str(tally), tally.problems
