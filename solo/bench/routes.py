@@ -6,8 +6,6 @@ only their ``Popen`` is another. All else is as a user's command has it: process
 
 import mmap
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_only
