@@ -21,6 +21,7 @@ from solo.bench.everystep import STEPS, every_step
 from solo.bench.observer import Observer
 from solo.bench.ordeal import Ordeal, reference
 from solo.bench.routes import ROUTES, interrupt
+from solo.bench.soak import soak
 from solo.errors import SIGNALS, ConfigError, Parser, SoloError
 from solo.methods import METHODS
 from solo.testing import tiny
@@ -138,12 +139,20 @@ def resumes(folder: Path, ranks: int, methods: Sequence[str]) -> tuple[str, list
     return f"{done}, {time.monotonic() - began:.0f} s: {len(problems)} differences", problems
 
 
+def long_run(minutes: float, seed: int, folder: Path, ranks: int) -> tuple[str, list[str]]:
+    """`soak` of a run of 64 steps an epoch, and of more epochs than there is time for."""
+    content = plan(folder, ranks=ranks, data={"train_size": 512}, max_epochs=10**5)
+    reference(plan(folder, ranks=ranks, max_epochs=1), folder / "first")        # imports what a run imports
+    return soak(content, minutes, seed, folder)
+
+
 def main(argv: list[str]) -> None:
-    """``python -m solo.bench chaos [--kills N | --signals N | --every-step]``: the exit code is 1 when anything is wrong."""
+    """``python -m solo.bench chaos [--kills N | --signals N | --minutes M | --every-step]``: exits with 1 when anything is wrong."""
     parser = Parser(prog="python -m solo.bench chaos", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kills", type=int, default=1000, help="random SIGKILLs (default: 1000)")
     what.add_argument("--signals", type=int, help="runs that a signal ends, over all routes by which it can come")
+    what.add_argument("--minutes", type=float, help="of a run with a fault every 20 seconds, beside a quiet one")
     what.add_argument("--every-step", action="store_true", help="resume every method after every step")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4), help="gloo processes of the run (default: 1)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --every-step (default: all)")
@@ -166,5 +175,7 @@ def _done(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
         return resumes(folder, arguments.ranks, arguments.methods)
     if arguments.signals:
         return interruptions(arguments.signals, seed, folder, limit)
+    if arguments.minutes:
+        return long_run(arguments.minutes, seed, folder, arguments.ranks)
     tally = campaign(arguments.kills, seed, folder, ranks=arguments.ranks, limit=limit, progress=True)
     return str(tally), tally.problems
