@@ -110,7 +110,9 @@ def campaign(
 
 def interruptions(runs: int, seed: int, folder: Path, limit: float = math.inf) -> tuple[str, list[str]]:
     """`interrupt` on each route in turn, by each signal in turn, at random steps: what was done, and what is wrong."""
-    generator, began, took, problems = random.Random(seed), time.monotonic(), [], []
+    generator, began = random.Random(seed), time.monotonic()
+    took: list[float] = []
+    problems: list[str] = []
     at_its_end = {"frequency": 10**6, "minutes": 1e6}
     contents = {n: plan(folder, ranks=n, data={"train_size": 128}, checkpoint=at_its_end) for n in (1, 2)}
     truths = {n: reference(contents[n], folder / f"whole{n}") for n in contents}
@@ -130,7 +132,7 @@ def interruptions(runs: int, seed: int, folder: Path, limit: float = math.inf) -
 
 def resumes(folder: Path, ranks: int, methods: Sequence[str]) -> tuple[str, list[str]]:
     """`every_step` of each method: what was done, and what is wrong."""
-    began, problems = time.monotonic(), []
+    began, problems = time.monotonic(), list[str]()
     for method in methods:
         found = every_step(method, folder / method, ranks)
         print(f"{method}: {len(found)} differences in {STEPS - 1} resumes", flush=True)
@@ -147,7 +149,7 @@ def long_run(minutes: float, seed: int, folder: Path, ranks: int) -> tuple[str, 
 
 
 def main(argv: list[str]) -> None:
-    """``python -m solo.bench chaos [--kills N | --signals N | --minutes M | --every-step]``: exits with 1 when anything is wrong."""
+    """``chaos [--kills N | --signals N | --minutes M | --every-step]``: the exit code is 1 when anything is wrong."""
     parser = Parser(prog="python -m solo.bench chaos", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kills", type=int, default=1000, help="random SIGKILLs (default: 1000)")

@@ -46,7 +46,8 @@ def of_rank(path: Path, rank: int) -> Path:
 
 def wait(children: Iterable[int], seconds: float) -> dict[int, int]:
     """The exit statuses of those that end within this time."""
-    children, found, deadline = list(children), {}, time.monotonic() + seconds
+    children, deadline = list(children), time.monotonic() + seconds
+    found: dict[int, int] = {}
     while len(found) < len(children):
         for child in children:
             if child not in found:

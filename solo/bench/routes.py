@@ -187,7 +187,7 @@ def _command(run: Ordeal, starter: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job of a shell ignores it
     work = lambda: _work(run)  # noqa: E731
     popen = lambda *_, env, **__: _Fork(work, env, False)  # noqa: E731
-    subprocess_script.subprocess = SimpleNamespace(Popen=popen)     # type: ignore[attr-defined]
+    subprocess_script.subprocess = SimpleNamespace(Popen=popen)     # type: ignore[assignment]
     SubprocessHandler._popen = lambda _, __, env: _Fork(work, env, True)     # type: ignore[assignment,method-assign,return-value]
     if starter == "torchrun":
         sys.argv = ["torchrun", *TORCHRUN[2:], "--nproc-per-node=2", "--standalone", "train.py"]

@@ -47,6 +47,8 @@ class Usage:
 
     def growth(self) -> tuple[float, int]:
         """From the second tenth of the time to the last: by which share memory grew, and by how many the open files."""
+        if len(self.memory) < 3:
+            return 0.0, 0
         part = max(1, len(self.memory) // 10)
         early, late = slice(part, 2 * part), slice(-part, None)
         memory = statistics.median(self.memory[late]) / statistics.median(self.memory[early]) - 1
@@ -105,7 +107,7 @@ class Life:
                 return False
             if self.board[TRAINING] and self.children[0] not in self.statuses:
                 self.usage.look(self.children[0])
-            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+            time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         return True
 
     def end(self, number: signal.Signals, victims: Sequence[int]) -> None:
@@ -191,12 +193,14 @@ def _catch_up(quiet: Ordeal, loud: Ordeal) -> None:
 def _unlike(quiet: Ordeal, loud: Ordeal) -> list[str]:
     """Where the two runs differ."""
     found = []
-    for rank, (a, b) in enumerate(zip(quiet.traces, loud.traces, strict=True)):
-        expected = {step: loss for step, loss, _ in RECORD.iter_unpack(a.read_bytes())}
-        other = [step for step, loss, _ in RECORD.iter_unpack(b.read_bytes()) if expected.get(step) != loss]
-        found += [f"different: step {step} has another loss on rank {rank}" for step in other[:5]]
-    a, b = (checkpoint.read(run.run_dir / "last.ckpt") for run in (quiet, loud))
-    return found + [f"different: {where} at the end" for part in STATE if (where := difference(b[part], a[part], part))]
+    for rank, traces in enumerate(zip(quiet.traces, loud.traces, strict=True)):
+        losses, trace = (list(RECORD.iter_unpack(trace.read_bytes())) for trace in traces)
+        truth = {step: loss for step, loss, _ in losses}
+        wrong = [step for step, loss, _ in trace if truth.get(step) != loss]
+        found += [f"different: step {step} has another loss on rank {rank}" for step in wrong[:5]]
+    expected, other = (checkpoint.read(run.run_dir / "last.ckpt") for run in (quiet, loud))
+    places = (difference(other[part], expected[part], part) for part in STATE)
+    return found + [f"different: {where} at the end" for where in places if where]
 
 
 # --- faults: each takes the life and says whether it still goes on -----------------------------------------------------
