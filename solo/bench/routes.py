@@ -31,6 +31,7 @@ from solo.launch import TORCHRUN
 from solo.run import pretrain
 
 STARTING, GONE = 120.0, 60.0        # seconds to the first step, and after which a process that stays counts as hung
+TRIES = 3
 LIMIT = 5.0                         # seconds beside a step and a save in which all must be gone
 
 
@@ -66,7 +67,7 @@ ROUTES = {
 def interrupt(
     name: str, number: signal.Signals, wait: float, content: dict[str, Any], folder: Path, truth: Reference
 ) -> tuple[float, list[str]]:
-    """Start a run, signal it, and let it go on to its end.
+    """Start a run, signal it, and let it go on to its end; again where it was over before the signal came.
 
     Args:
         name: of the route.
@@ -79,7 +80,16 @@ def interrupt(
     Returns:
         Seconds from the signal until all processes were gone, and what is wrong, a line each.
     """
-    route, run = ROUTES[name], Ordeal(content, folder, truth)
+    for attempt in range(TRIES):
+        if found := _interrupt(ROUTES[name], number, wait, Ordeal(content, folder / str(attempt), truth), truth):
+            took, problems = found
+            return took, [f"{problem} ({name}, {number.name})" for problem in problems]
+    return 0.0, [f"late: over before the signal, {TRIES} times ({name}, {number.name})"]
+
+
+def _interrupt(
+    route: Route, number: signal.Signals, wait: float, run: Ordeal, truth: Reference
+) -> tuple[float, list[str]] | None:
     before = run.look()
     (top,) = processes.fork(1, run.log, lambda _: _command(run, route.starter))
     ranks = _started(run, top)
@@ -97,17 +107,15 @@ def interrupt(
     if status is None or left:
         processes.kill([top, *ranks])
         processes.wait([top], GONE)
-        return took, [f"hang: {name}, {number.name}: still there after {GONE:g} s"]
+        return took, [f"hang: still there after {GONE:g} s"]
     run.judge(before, finished=False)
+    if run.losses.keys() == truth.losses.keys():
+        return None
     run.problems += _verdict(run, status, number)
     if took > LIMIT + truth.step_seconds:
         run.problems.append(f"late: gone after {took:.1f} s")
-    saved = valid_steps(run.saved)
     run.life()
-    steps = len(truth.losses) // route.ranks
-    if saved and not saved[0] < steps:
-        run.problems.append("late: the run was over before the signal")
-    return took, [f"{problem} ({name}, {number.name})" for problem in run.problems]
+    return took, run.problems
 
 
 def _verdict(run: Ordeal, status: int, number: signal.Signals) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch.distributed import barrier
 
 from solo.callbacks import checkpoint
-from solo.callbacks.checkpoint import Checkpointer, CheckpointConfig
+from solo.callbacks.checkpoint import CheckpointConfig, Checkpointer
 from solo.dist import all_reduce
 from solo.errors import EnvironmentFault
 from solo.testing import run_ranks
