@@ -130,14 +130,14 @@ def interruptions(runs: int, seed: int, folder: Path, limit: float = math.inf) -
     return f"{said}, {len(problems)} problems", problems
 
 
-def resumes(folder: Path, ranks: int, methods: Sequence[str]) -> tuple[str, list[str]]:
+def resumes(folder: Path, ranks: int, methods: Sequence[str], workers: int) -> tuple[str, list[str]]:
     """`every_step` of each method: what was done, and what is wrong."""
     began, problems = time.monotonic(), list[str]()
     for method in methods:
-        found = every_step(method, folder / method, ranks)
+        found = every_step(method, folder / method, ranks, workers)
         print(f"{method}: {len(found)} differences in {STEPS - 1} resumes", flush=True)
         problems += found
-    done = f"{len(methods)} methods, {len(methods) * (STEPS - 1)} resumes by {ranks} processes"
+    done = f"{len(methods)} methods, {len(methods) * (STEPS - 1)} resumes by {ranks} processes, each with {workers} workers"
     return f"{done}, {time.monotonic() - began:.0f} s: {len(problems)} differences", problems
 
 
@@ -158,6 +158,7 @@ def main(argv: list[str]) -> None:
     what.add_argument("--every-step", action="store_true", help="resume every method after every step")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4), help="gloo processes of the run (default: 1)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of --every-step (default: all)")
+    parser.add_argument("--workers", type=int, default=0, help="of each process's loader, of --every-step (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the random instants")
     parser.add_argument("--limit", type=float, default=math.inf, help="minutes after which to stop, with fewer kills or runs")
     arguments = parser.parse_args(argv)
@@ -174,7 +175,7 @@ def main(argv: list[str]) -> None:
 def _done(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
     seed, limit = arguments.seed, 60 * arguments.limit
     if arguments.every_step:
-        return resumes(folder, arguments.ranks, arguments.methods)
+        return resumes(folder, arguments.ranks, arguments.methods, arguments.workers)
     if arguments.signals:
         return interruptions(arguments.signals, seed, folder, limit)
     if arguments.minutes:
