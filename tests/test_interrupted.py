@@ -121,6 +121,19 @@ def test_while_saving_the_save_is_finished_and_one_more_step_made(whole, tmp_pat
         assert_same(state(checkpoint.read(folder / f"step-{step:09d}.ckpt")), state(checkpoint.read(whole / f"{step}.ckpt")))
 
 
+def test_the_first_signal_says_how_the_run_ends(tmp_path):
+    """SLURM warns, and ends the job while the step is still going on: it is to be requeued."""
+
+    class Both(pl.Callback):
+        def on_train_batch_start(self, *_):
+            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGUSR2 at epoch 1, step 1: saved") as left:
+        pretrain(experiment(content(tmp_path)), [Both()])
+    assert left.value.exit_code == 128 + signal.SIGUSR2
+
+
 def test_before_training_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
     """While the images are listed."""
     monkeypatch.setattr(DataModule, "listing", property(lambda self: signal.raise_signal(signal.SIGTERM)))

@@ -160,8 +160,7 @@ class _Fork:
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
-            for number in SIGNALS:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            _as_new()
             os.environ.clear()
             os.environ.update(env)
             if own_session:
@@ -192,7 +191,7 @@ class _Fork:
 def _command(run: Ordeal, starter: str) -> None:
     """What the user's command does."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job of a shell ignores it
+    _as_new()
     work = lambda: _work(run)  # noqa: E731
     popen = lambda *_, env, **__: _Fork(work, env, False)  # noqa: E731
     subprocess_script.subprocess = SimpleNamespace(Popen=popen)     # type: ignore[assignment]
@@ -201,6 +200,12 @@ def _command(run: Ordeal, starter: str) -> None:
         sys.argv = ["torchrun", *TORCHRUN[2:], "--nproc-per-node=2", "--standalone", "train.py"]
         raise SystemExit(torchrun.run())
     work()
+
+
+def _as_new() -> None:
+    """The handlers of a new process; one in the background of a shell, or under nohup, inherits signals that are ignored."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _work(run: Ordeal) -> None:

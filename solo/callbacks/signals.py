@@ -33,7 +33,7 @@ class SignalGuard(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise Interrupted("SIGINT again: left at once", number)
-        self._signal = number
+        self._signal = self._signal or number       # what asked first says how the run ends: SLURM's warning, not its SIGTERM
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
