@@ -192,10 +192,14 @@ def _command(run: Ordeal, starter: str) -> None:
     """What the user's command does."""
     os.setsid()
     _as_new()
-    work = lambda: _work(run)  # noqa: E731
-    popen = lambda *_, env, **__: _Fork(work, env, False)  # noqa: E731
-    subprocess_script.subprocess = SimpleNamespace(Popen=popen)     # type: ignore[assignment]
-    SubprocessHandler._popen = lambda _, __, env: _Fork(work, env, True)     # type: ignore[assignment,method-assign,return-value]
+
+    def work() -> None:
+        _work(run)
+
+    launcher: Any = subprocess_script
+    launcher.subprocess = SimpleNamespace(Popen=lambda *_, env, **__: _Fork(work, env, own_session=False))
+    handler: Any = SubprocessHandler
+    handler._popen = lambda _, __, env: _Fork(work, env, own_session=True)
     if starter == "torchrun":
         sys.argv = ["torchrun", *TORCHRUN[2:], "--nproc-per-node=2", "--standalone", "train.py"]
         raise SystemExit(torchrun.run())
