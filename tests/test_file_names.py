@@ -43,7 +43,7 @@ def test_a_name_is_refused_or_can_be_pasted(seed):
 
 def test_every_file_of_a_run_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pretrain(experiment(values("simclr", "runs", max_epochs=1, max_steps=2, loggers=["csv", "tensorboard"])))
+    pretrain(experiment(values("simclr", "runs", max_epochs=1, loggers=["csv", "tensorboard"])))
     found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
     assert len(found) >= 8
     for path in found:

@@ -91,8 +91,8 @@ def test_metrics_hold_each_step_once_over_a_kill_and_a_resume(whole, tmp_path):
 
 def test_another_precision_is_said(tmp_path, caplog):
     caplog.set_level("INFO", "solo")
-    saved = pretrain(experiment(content(tmp_path, max_steps=2))).run_dir
-    pretrain(experiment(content(tmp_path, max_steps=4, precision="bf16-mixed", resume=str(saved))))
+    saved = pretrain(experiment(content(tmp_path)), [Stop(2)]).run_dir
+    pretrain(experiment(content(tmp_path, precision="bf16-mixed", resume=str(saved))), [Stop(4)])
     said = [record.getMessage() for record in caplog.records if "precision is" in record.getMessage()]
     assert said == ["note: precision is bf16-mixed, it was None when this checkpoint was saved"]
 
