@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,18 @@ def write_link(path: Path, target: str | Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, path)
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder for oneself.
+
+    Raises:
+        OSError: it cannot be made, or others may write to it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts, own = folder.stat(), os.getuid()
+    if facts.st_mode & stat.S_IWOTH or own not in (0, facts.st_uid):
+        raise PermissionError(f"others may write to {folder}")
 
 
 def digest(path: str | Path) -> str:

@@ -12,6 +12,9 @@ from torch import Tensor
 from solo import checkpoint, files
 from solo.errors import SoloError
 
+# What a checkpoint holds beside where it is stored, and how often Lightning restarted its loops.
+STATE = ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")
+
 
 def entries(folder: Path) -> dict[str, str]:
     """File names and checksums of a manifest."""
@@ -51,10 +54,11 @@ def broken(folder: Path, damaged: set[str]) -> Iterator[str]:
         yield "last.ckpt points to nothing"
     newest = folder / list(named)[-1] if named else folder
     if newest.is_file() and not damaged:
-        if problem := _unreadable(newest):
-            yield problem
+        try:
+            content = checkpoint.read_tensors(newest)
+        except SoloError as error:
+            yield str(error)
             return
-        content = checkpoint.read_tensors(newest)
         tensors = [*content["state_dict"].values(), *_tensors(content["optimizer_states"])]
         if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
             yield f"{newest.name} holds numbers that are not finite"

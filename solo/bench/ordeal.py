@@ -5,13 +5,9 @@ import mmap
 import os
 import signal
 import struct
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,22 +16,24 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
-from solo.bench.leftovers import broken, difference, valid_steps
+from solo.bench import processes
+from solo.bench.leftovers import STATE, broken, difference, valid_steps
+from solo.bench.processes import of_rank
 from solo.errors import SoloError
 from solo.experiment import experiment
 from solo.run import pretrain
 
 RECORD = struct.Struct("<qdd")                  # step, loss, time
 LOSS = struct.Struct("<d")
+LEAVING = 20.0                                  # seconds that a rank has to notice that another one is dead, and to leave
 TRAINING, WRITING = range(2)                    # bytes that the trainer shares with its parent
-STATE = ("state_dict", "optimizer_states", "callbacks", "epoch", "global_step", "DataModule")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The uninterrupted run: each step's loss as bytes, the last checkpoint, and seconds per step."""
+    """The uninterrupted run: the loss of each rank and step as bytes, the last checkpoint, and seconds per step."""
 
-    losses: dict[int, bytes]
+    losses: dict[tuple[int, int], bytes]
     final: dict[str, Any]
     step_seconds: float
 
@@ -43,20 +41,17 @@ class Reference:
 def reference(content: dict[str, Any], folder: Path) -> Reference:
     """Train once undisturbed; also imports here what a run imports, so that later forks need not."""
     modules, run = folder / "modules", Ordeal(content, folder, None)
-    run.life(after=lambda: modules.write_text("\n".join(sorted(sys.modules))))
-    for name in modules.read_text().splitlines():
-        with suppress(Exception):
-            if name not in sys.modules and not name.startswith("__"):
-                import_module(name)
+    run.life(after=lambda: processes.note_modules(modules))
     if run.problems:
         raise SoloError("\n".join(run.problems))
+    processes.import_noted(modules)
     times = [time for _, _, time in RECORD.iter_unpack(run.trace.read_bytes())]
     return Reference(run.losses, checkpoint.read(run.run_dir / "last.ckpt"), (times[-1] - times[0]) / (len(times) - 1))
 
 
 @dataclass
 class Ordeal:
-    """One run and what it goes through.
+    """One run of one or several processes and what it goes through.
 
     Attributes:
         content: its config.
@@ -64,7 +59,8 @@ class Ordeal:
         truth: what it must equal.
         defect: changes the library in the forked trainer, to see that the harness notices.
         problems: what was found wrong, one line each: ``kind: what``.
-        losses: of the steps so far, as bytes.
+        losses: of each rank and step so far, as bytes.
+        ranks: its processes.
         in_write: kills that hit a save.
     """
 
@@ -73,7 +69,7 @@ class Ordeal:
     truth: Reference | None
     defect: Callable[[], None] | None = None
     problems: list[str] = field(default_factory=list)
-    losses: dict[int, bytes] = field(default_factory=dict)
+    losses: dict[tuple[int, int], bytes] = field(default_factory=dict)
     in_write: int = 0
     kills: int = 0
     steps: int = 0
@@ -82,12 +78,23 @@ class Ordeal:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = experiment({**self.content, "checkpoint": {**self.content["checkpoint"], "dir": str(self.folder)}})
-        self.run_dir = self.config.run_dir(self.config.optimizer.batch_size)
+        self.ranks: int = self.content["devices"]
+        self.run_dir = self.config.run_dir(self.config.optimizer.batch_size * self.ranks)
         self.saved, self.log, self.trace = self.run_dir / "checkpoints", self.folder / "log", self.folder / "losses"
-        self.trace.touch()
+        for trace in self.traces:
+            trace.touch()
+
+    @property
+    def traces(self) -> list[Path]:
+        """Where each rank notes its losses."""
+        return [of_rank(self.trace, rank) for rank in range(self.ranks)]
 
     def life(
-        self, instant: float | None = None, operation: int | None = None, after: Callable[[], object] | None = None
+        self,
+        instant: float | None = None,
+        operation: int | None = None,
+        after: Callable[[], object] | None = None,
+        victims: Sequence[int] = (),
     ) -> bool:
         """Start the trainer and let it live until it is killed or has finished.
 
@@ -95,26 +102,61 @@ class Ordeal:
             instant: seconds from the first step to the kill; negative: from the start.
             operation: instead, kill before this one (from 1) of the operations on files that make up a save.
             after: is called in the trainer at its end.
+            victims: the ranks to kill at the instant; none named: all. The others must leave by themselves.
 
         Returns:
             Whether it finished.
         """
-        before, known, board = valid_steps(self.saved), self.trace.stat().st_size, mmap.mmap(-1, 2)
-        process = os.fork()
-        if not process:
-            _live(self, board, operation, after)
-        status = _end(process, board, instant)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        before, board = self.look(), mmap.mmap(-1, 2)
+        children = processes.fork(self.ranks, self.log, lambda rank: _live(self, rank, board, operation, after))
+        doomed = [] if instant is None else [children[rank] for rank in victims or range(self.ranks)]
+        statuses = self._end(children, board, instant, doomed)
+        killed = any(map(processes.killed, statuses))
         self.kills += killed
-        self.in_write += killed and board[WRITING]
-        if not killed and status:
+        if not killed and any(statuses):
             self.problems.append(f"refused: {' '.join(self.log.read_text(errors='replace').strip().splitlines()[-1:])}")
-        records = [(step, loss) for step, loss, _ in RECORD.iter_unpack(self.trace.read_bytes()[known:])]
-        self._compare(records, before)
-        self.problems += self._left(before, bool(records))
-        if not killed and not status and self.truth is not None:
-            self.problems += self._end_state()
+        self.judge(before, finished=not any(statuses))
         return not killed
+
+    def look(self) -> tuple[list[int], list[int]]:
+        """Steps of the valid checkpoints, and how much each rank has noted: where a life begins."""
+        return valid_steps(self.saved), [trace.stat().st_size for trace in self.traces]
+
+    def judge(self, before: tuple[list[int], list[int]], finished: bool) -> None:
+        """Hold what a life has noted and left against the truth."""
+        steps, sizes = before
+        new = [trace.read_bytes()[size:] for trace, size in zip(self.traces, sizes, strict=True)]
+        for rank, content in enumerate(new):
+            self._compare(rank, [(step, loss) for step, loss, _ in RECORD.iter_unpack(content)], steps)
+        self.problems += self._left(steps, any(new))
+        if finished and self.truth is not None:
+            self.problems += self._end_state()
+
+    def _end(self, children: list[int], board: mmap.mmap, instant: float | None, victims: list[int]) -> list[int]:
+        """Wait for the processes, or kill some at their instant; the exit statuses."""
+        statuses: dict[int, int] = {}
+        end = math.inf if instant is None or instant >= 0 else time.monotonic() - instant
+        while len(statuses) < len(children):
+            statuses |= processes.wait([child for child in children if child not in statuses], 0)
+            if instant is not None and end == math.inf and board[TRAINING]:
+                end = time.monotonic() + instant
+            if any(map(processes.killed, statuses.values())) or time.monotonic() >= end:
+                return self._kill(children, board, statuses, victims)
+            time.sleep(0.0005)
+        return list(statuses.values())
+
+    def _kill(self, children: list[int], board: mmap.mmap, statuses: dict[int, int], victims: list[int]) -> list[int]:
+        processes.kill(victim for victim in victims if victim not in statuses)
+        statuses |= processes.wait([victim for victim in victims if victim not in statuses], LEAVING)
+        self.in_write += any(map(processes.killed, statuses.values())) and board[WRITING]
+        others = [child for child in children if child not in statuses]
+        statuses |= processes.wait(others, LEAVING if board[TRAINING] else 0)   # before it, their launcher ends them
+        if left := [child for child in others if child not in statuses]:
+            processes.kill(left)
+            statuses |= processes.wait(left, LEAVING)
+            if board[TRAINING]:
+                self.problems.append(f"hang: {len(left)} ranks are still there {LEAVING:g} s after another one was killed")
+        return list(statuses.values())
 
     def flip(self) -> None:
         """Damage the newest checkpoint by one bit."""
@@ -125,21 +167,22 @@ class Ordeal:
         path.write_bytes(content)
         self.damaged.add(path.name)
 
-    def _compare(self, records: list[tuple[int, float]], before: list[int]) -> None:
+    def _compare(self, rank: int, records: list[tuple[int, float]], before: list[int]) -> None:
         first = max(before, default=0) + 1
         if [step for step, _ in records] != list(range(first, first + len(records))):
             went = ", ".join(str(step) for step, _ in records[:3])
             self.problems.append(f"order: a run with checkpoints {before} went on with steps {went}, not {first}")
         for step, loss in records:
-            self.losses[step] = LOSS.pack(loss)
-            if self.truth is not None and self.truth.losses.get(step) != self.losses[step]:
-                self.problems.append(f"different: step {step} has the loss {loss!r}")
-        self.steps += len(records)
+            self.losses[rank, step] = LOSS.pack(loss)
+            if self.truth is not None and self.truth.losses.get((rank, step)) != self.losses[rank, step]:
+                self.problems.append(f"different: step {step} has the loss {loss!r} on rank {rank}")
+        self.steps += len(records) * (rank == 0)
 
     def _left(self, before: list[int], trained: bool) -> Iterator[str]:
         """What is wrong with what a process left."""
         now = valid_steps(self.saved)
-        saves = max(now, default=0) - max(before, default=0)
+        steps = max(now, default=0) - max(before, default=0)
+        saves = steps if self.config.checkpoint.minutes == 0 else min(steps, 1)
         if saves > 0 and len(now) < min(2, len(before) + saves):
             yield f"too few: of the checkpoints {before} and {saves} new ones, {now} are valid"
         yield from (f"unreadable: {problem}" for problem in broken(self.saved, self.damaged))
@@ -166,7 +209,9 @@ class Ordeal:
 # --- the trainer's process ----------------------------------------------------------------------------------------------
 
 
-class _Trace(pl.Callback):
+class Trace(pl.Callback):
+    """Notes the loss of every step."""
+
     def __init__(self, board: mmap.mmap, file: int) -> None:
         self.board, self.file = board, file
 
@@ -175,34 +220,25 @@ class _Trace(pl.Callback):
         self.board[TRAINING] = 1
 
 
-def _live(run: Ordeal, board: mmap.mmap, operation: int | None, after: Callable[[], object] | None) -> None:
-    """The trainer's process, which never returns."""
-    try:
-        torch.set_num_threads(1)
-        said = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1), os.dup2(said, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        if operation is not None:
-            _kill_before(operation)
-        if run.defect is not None:
-            run.defect()
-        save = checkpoint.save
+def _live(
+    run: Ordeal, rank: int, board: mmap.mmap, operation: int | None, after: Callable[[], object] | None
+) -> None:
+    """What a trainer's process does."""
+    if operation is not None:
+        _kill_before(operation)
+    if run.defect is not None:
+        run.defect()
+    save = checkpoint.save
 
-        def marked(*args: Any, **kwargs: Any) -> None:
-            board[WRITING] = 1
-            save(*args, **kwargs)
-            board[WRITING] = 0
+    def marked(*args: Any, **kwargs: Any) -> None:
+        board[WRITING] = 1
+        save(*args, **kwargs)
+        board[WRITING] = 0
 
-        checkpoint.save = marked
-        pretrain(run.config, [_Trace(board, os.open(run.trace, os.O_WRONLY | os.O_APPEND))])
-        if after is not None:
-            after()
-        os._exit(0)
-    except BaseException:
-        with suppress(Exception):
-            os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(1)
+    checkpoint.save = marked
+    pretrain(run.config, [Trace(board, os.open(run.traces[rank], os.O_WRONLY | os.O_APPEND))])
+    if after is not None:
+        after()
 
 
 def _kill_before(operation: int) -> None:
@@ -234,21 +270,3 @@ def _kill_before(operation: int) -> None:
     os.fsync, os.replace = before(os.fsync), before(os.replace)
     Path.unlink = before(Path.unlink)           # type: ignore[method-assign]
     torch.save = in_halves                      # type: ignore[assignment]
-
-
-def _end(process: int, board: mmap.mmap, instant: float | None) -> int:
-    """Wait for a process, or kill it at its instant; its exit status."""
-    if instant is None:
-        return os.waitpid(process, 0)[1]
-    end = time.monotonic() - instant if instant < 0 else math.inf
-    while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return status
-        if end == math.inf and board[TRAINING]:
-            end = time.monotonic() + instant
-        if time.monotonic() >= end:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            return os.waitpid(process, 0)[1]
-        time.sleep(0.0005)

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from solo.callbacks.signals import SignalGuard
 from solo.console import warn
 from solo.dist import end_together
 from solo.errors import EnvironmentFault
-from solo.files import write_link
+from solo.files import own_folder, write_link
 from solo.lease import Taken
 from solo.ranges import require
 
@@ -28,8 +30,11 @@ class CheckpointConfig:
     """When to save.
 
     ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay.
-    ``minutes``: also in the middle of an epoch once this much time has passed since the last save. The end of the
-    run and the signals that end or preempt a job always save.
+    ``minutes``, ``epoch_share``: also in the middle of an epoch, once this much time has passed or this share of an epoch
+    been trained since the last save, so that no fault costs more; 0 minutes: after every step, whatever it takes.
+    ``stall``: the share of the time that saves in the middle of an epoch may take; they are rarer where they took more.
+    The end of the run and the signals that end or preempt a job always save.
+    ``fallback``: folder for the last state of a run whose own cannot be written; empty: below the system's temporary one.
     """
 
     enabled: bool = True
@@ -37,9 +42,15 @@ class CheckpointConfig:
     frequency: int = 1
     keep_prev: bool = False
     minutes: float = 10.0
+    epoch_share: float = 0.02
+    stall: float = 0.03
+    fallback: str = ""
 
     def __post_init__(self) -> None:
-        require(self, at_least_1="frequency", at_least_0="minutes", also=[] if self.dir else ["dir must name a folder"])
+        require(
+            self, at_least_1="frequency", at_least_0="minutes epoch_share", positive="stall", below_1="stall",
+            also=[] if self.dir else ["dir must name a folder"],
+        )
 
 
 class Checkpointer(SignalGuard, Checkpoint):
@@ -57,15 +68,26 @@ class Checkpointer(SignalGuard, Checkpoint):
         self.run_dir = run_dir
         self.folder = run_dir / "checkpoints"
         self.provenance = provenance
-        self._saved_at = time.monotonic()
+        self._tried_at, self._tried_step = time.monotonic(), 0      # the last save, or the beginning
+        self._took = 0.0                                            # seconds of it
         self._saved_step = -1
         self._failures = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._tried_at, self._tried_step = time.monotonic(), trainer.global_step
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["solo"] = json.dumps(self.provenance)
 
-    def due(self) -> bool:
-        return time.monotonic() - self._saved_at > 60 * self.config.minutes
+    def due(self, trainer: pl.Trainer) -> bool:
+        """By rank 0's clock; a save that failed is tried again after ``minutes``, which a full disk may need."""
+        if not trainer.is_global_zero or not self.config.minutes:
+            return trainer.is_global_zero
+        passed, steps = time.monotonic() - self._tried_at, trainer.global_step - self._tried_step
+        share = self.config.epoch_share * trainer.num_training_batches / trainer.accumulate_grad_batches
+        enough = passed >= 60 * self.config.minutes or (steps >= share > 0 and not self._failures)
+        return enough and passed * self.config.stall >= self._took * (1 - self.config.stall)
 
     def end_epoch(self, trainer: pl.Trainer, leaving: bool) -> None:
         epoch = trainer.current_epoch + 1
@@ -85,25 +107,27 @@ class Checkpointer(SignalGuard, Checkpoint):
         if not self.config.enabled or trainer.global_step == self._saved_step:
             return
         path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
+        began = time.monotonic()
+        for logger in trainer.loggers:          # what a run goes on behind is on the disk
+            logger.save()
         problem = self._write(trainer, path, keep)
-        self._saved_at = time.monotonic()
+        self._tried_at, self._tried_step = time.monotonic(), trainer.global_step
+        self._took = self._tried_at - began
         if not self.agreed(trainer, problem is not None)[1]:
             self._saved_step, self._failures = trainer.global_step, 0
             return
         self._failures += 1
-        fault = EnvironmentFault(f"{path} cannot be written: {self._reason(problem)}; the last checkpoint stays")
-        taken = self.agreed(trainer, isinstance(problem, Taken))[1]
-        if last or taken or self._failures >= PATIENCE:
-            end_together(fault)
+        fault = f"{path} cannot be written: {self._reason(problem)}; the last checkpoint stays"
+        if self.agreed(trainer, isinstance(problem, Taken))[1]:
+            end_together(EnvironmentFault(fault))
+        if last or self._failures >= PATIENCE:
+            end_together(EnvironmentFault(f"{fault}; {self._elsewhere(trainer, path.name)}"))
         if trainer.is_global_zero:
             warn(f"{fault}; tried again at the next save ({self._failures} of {PATIENCE})")
 
     def _write(self, trainer: pl.Trainer, path: Path, keep: bool) -> OSError | None:
-        try:
-            trainer.save_checkpoint(path, storage_options={"keep": keep})
-        except OSError as error:                # on rank 0: the others wait in the barrier behind Lightning's save
-            trainer.strategy.barrier()
-            return error
+        if problem := self._store(trainer, path, keep):
+            return problem
         try:
             if trainer.is_global_zero:
                 store.prune(self.folder)
@@ -111,6 +135,29 @@ class Checkpointer(SignalGuard, Checkpoint):
         except OSError as error:
             return error
         return None
+
+    def _store(self, trainer: pl.Trainer, path: Path, keep: bool = False) -> OSError | None:
+        try:
+            trainer.save_checkpoint(path, storage_options={"keep": keep})
+        except OSError as error:                # on rank 0: the others wait in the barrier behind Lightning's save
+            trainer.strategy.barrier()
+            return error
+        return None
+
+    def _elsewhere(self, trainer: pl.Trainer, name: str) -> str:
+        """Save what the run's own folder does not take in another one; where that is, in words."""
+        folder = Path(self.config.fallback or f"{tempfile.gettempdir()}/solo-{os.getuid()}") / self.run_dir.name
+        problem: OSError | None = None
+        try:
+            if trainer.is_global_zero:
+                own_folder(folder.parent)
+        except OSError as error:
+            problem = error
+        if not self.agreed(trainer, problem is not None)[1]:
+            problem = self._store(trainer, folder / name)
+        if problem:
+            return f"{folder} cannot be written either: {problem.strerror or problem}"
+        return f"this step is saved in {folder}: go on with resume={folder}"
 
     def _reason(self, problem: OSError | None) -> str:
         if problem is None:

@@ -33,7 +33,7 @@ class SignalGuard(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise Interrupted("SIGINT again: left at once", number)
-        self._signal = number
+        self._signal = self._signal or number       # what asked first says how the run ends: SLURM's warning, not its SIGTERM
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -41,7 +41,7 @@ class SignalGuard(Callback):
         last = batch_idx + 1 == trainer.num_training_batches        # the end of the epoch asks again, after validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        number, due = self.agreed(trainer, self.due())
+        number, due = self.agreed(trainer, self.due(trainer))
         if number or due:
             self.save(trainer, last=bool(number))
         if number:
@@ -55,7 +55,7 @@ class SignalGuard(Callback):
 
     # --- what a guard that saves makes of it -----------------------------------------------------------------------
 
-    def due(self) -> bool:
+    def due(self, trainer: pl.Trainer) -> bool:
         """Whether this rank wants to save in the middle of the epoch."""
         return False
 

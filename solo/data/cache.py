@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 import tempfile
 import time
 import zlib
@@ -17,6 +16,7 @@ from rich.progress import track
 from solo.console import log, say
 from solo.data.decoding import BadImage
 from solo.data.sources import Source
+from solo.files import own_folder
 from solo.reading import read_json
 
 WORTH = 2048  # images; fewer are decoded faster than one would notice
@@ -46,10 +46,7 @@ def decoded(source: Source, shape: tuple[int, ...], folder: Path | None = None) 
         return decode_all(source, shape)
     try:
         folder = folder or default_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts, own = folder.stat(), os.getuid()
-        if facts.st_mode & stat.S_IWOTH or own not in (0, facts.st_uid):
-            raise PermissionError(f"others may write to {folder}")
+        own_folder(folder)
         lock = FileLock(folder / f"{fingerprint}.lock")
         lock.acquire()
     except (OSError, RuntimeError) as error:  # no home, no folder, no locks on this file system

@@ -43,7 +43,7 @@ def tiny(method: str, folder: str | Path, **changes: Any) -> dict[str, Any]:
         "augmentations": [*[ORIGINAL] * kind.originals, {**VIEW, "num_crops": kind.views - kind.originals}],
         "optimizer": {"batch_size": 8, "lr": 1.0, "kwargs": {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}},
         "scheduler": {"warmup_epochs": 1},
-        "checkpoint": {"dir": str(folder)},
+        "checkpoint": {"dir": str(folder), "epoch_share": 0},
         "report": {"enabled": False},
         "health": {"enabled": True},
         "knn": {"enabled": False},

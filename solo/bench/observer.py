@@ -1,0 +1,73 @@
+"""A process that looks a thousand times a second whether a run's checkpoints are there and whole."""
+
+import mmap
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from solo import checkpoint, files
+from solo.bench.leftovers import entries
+
+PERIOD = 0.001      # seconds between two looks
+
+
+class Observer:
+    """Looks how many checkpoints are valid, from two on never fewer.
+
+    Args:
+        folder: of the checkpoints.
+        findings: file for what it found.
+    """
+
+    def __init__(self, folder: Path, findings: Path) -> None:
+        self.board, self.findings = mmap.mmap(-1, 1), findings
+        self.process = os.fork()
+        if not self.process:
+            with suppress(BaseException):
+                findings.write_text(_Watch(folder).until(self.board))
+            os._exit(0)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Number of looks, and what was wrong, a line each."""
+        self.board[0] = 1
+        os.waitpid(self.process, 0)
+        looks, *wrong = self.findings.read_text().splitlines()
+        return int(looks), wrong
+
+
+class _Watch:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, folder / checkpoint.MANIFEST
+        self.digests: dict[tuple[int, ...], str] = {}
+        self.named: dict[tuple[int, ...], dict[str, str]] = {}
+
+    def until(self, board: mmap.mmap) -> str:
+        looks, seen, wrong = 0, 0, []
+        while not board[0]:
+            with suppress(FileNotFoundError, ValueError):
+                now = _key(self.manifest)
+                if now not in self.named:
+                    self.named = {now: entries(self.folder)}
+                valid = sum(self._digest(self.folder / name) == sha256 for name, sha256 in self.named[now].items())
+                if _key(self.manifest) == now:      # else the files of a manifest that is no longer in force
+                    looks, seen = looks + 1, max(seen, valid)
+                    if valid < min(seen, 2):
+                        wrong.append(f"too few: of {sorted(self.named[now])}, {valid} valid")
+            time.sleep(PERIOD)
+        return "\n".join([str(looks), *wrong])
+
+    def _digest(self, path: Path) -> str:
+        """The checksum of a file, computed once for each state it is in."""
+        try:
+            key = _key(path)
+            if key not in self.digests:
+                self.digests[key] = files.digest(path)
+            return self.digests[key]
+        except FileNotFoundError:
+            return "missing"
+
+
+def _key(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,124 @@
+"""A run whose folder goes away, whose metrics are written over several starts, whose precision is another one."""
+
+import os
+import shutil
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.trainer.connectors import accelerator_connector
+
+from solo import checkpoint
+from solo.bench import processes
+from solo.errors import EnvironmentFault
+from solo.eval.report import history
+from solo.experiment import experiment
+from solo.run import pretrain
+from tests.test_resume import EveryStep, assert_same, state
+from tests.tiny import values
+
+pytestmark = pytest.mark.slow
+
+
+class At(pl.Callback):
+    """Does something after a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.act()
+
+
+def content(folder, **changes):
+    at_each = {"minutes": 0, "fallback": str(folder / "fallback")}
+    return values("nnclr", folder / "runs", **{"max_epochs": 1, "checkpoint": at_each, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the last checkpoint of a run of eight steps that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = pretrain(experiment(content(folder)))
+    return result.run_dir, checkpoint.read(result.checkpoint)
+
+
+def test_a_folder_that_is_removed_is_made_anew(whole, tmp_path):
+    config = experiment(content(tmp_path))
+    run_dir = config.run_dir(8)
+    result = pretrain(config, [At(3, lambda: shutil.rmtree(run_dir))])
+    assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
+
+
+def test_where_nothing_can_be_written_the_state_goes_elsewhere(whole, tmp_path):
+    """A file is where the folder was, which stops root as well; the run goes on from the other folder."""
+    config, away = experiment(content(tmp_path)), tmp_path / "away"
+    run_dir = config.run_dir(8)
+
+    def lost():
+        run_dir.rename(away)
+        run_dir.write_text("")
+
+    with pytest.raises(EnvironmentFault) as ended:
+        pretrain(config, [At(3, lost)])
+    (line,) = str(ended.value).splitlines()
+    elsewhere = tmp_path / "fallback" / run_dir.name
+    assert line.endswith(f"the last checkpoint stays; this step is saved in {elsewhere}: go on with resume={elsewhere}")
+    assert [path.name for path in elsewhere.glob("*.ckpt")] == ["step-000000005.ckpt"]
+    assert checkpoint.newest(away / "checkpoints").name == "step-000000002.ckpt"
+    run_dir.unlink()
+    away.rename(run_dir)
+    watcher = EveryStep(None)
+    result = pretrain(experiment(content(tmp_path, resume=str(elsewhere))), [watcher])
+    assert sorted(watcher.losses) == [6, 7, 8]
+    assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
+
+
+def test_metrics_hold_each_step_once_over_a_kill_and_a_resume(whole, tmp_path):
+    """What the checkpoint of step 5 goes on behind is in the file, though the logger writes every hundred steps only."""
+    config = experiment(content(tmp_path, data={"num_workers": 0}))
+    child = processes.fork(1, tmp_path / "log", lambda _: pretrain(config, [At(6, lambda: os._exit(9))]))
+    assert list(processes.wait(child, 120).values()) == [9 << 8]
+    run_dir = pretrain(config).run_dir
+    assert len(list(run_dir.glob("csv/version_*/metrics.csv"))) == 2
+    expected = history(whole[0])
+    assert history(run_dir) == expected and [step for step, _ in expected["train/loss"]] == list(range(1, 9))
+    lines = [sum(len(file.read_text().splitlines()) for file in folder.rglob("metrics.csv")) for folder in (run_dir, whole[0])]
+    assert lines[0] == lines[1] + 1                     # a header more: nothing twice
+
+
+def test_another_precision_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "solo")
+    saved = pretrain(experiment(content(tmp_path)), [Stop(2)]).run_dir
+    pretrain(experiment(content(tmp_path, precision="bf16-mixed", resume=str(saved))), [Stop(4)])
+    said = [record.getMessage() for record in caplog.records if "precision is" in record.getMessage()]
+    assert said == ["note: precision is bf16-mixed, it was None when this checkpoint was saved"]
+
+
+def test_the_gradient_scaler_goes_on(tmp_path, monkeypatch):
+    """torch's own, on a CPU; it grows every third step, so what it has counted shows."""
+
+    def scaled(*_):
+        return MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3))
+
+    monkeypatch.setattr(accelerator_connector, "MixedPrecision", scaled)
+    ends = []
+    for folder, first in (("whole", 8), ("parts", 4)):
+        for last in sorted({first, 8}):
+            result = pretrain(experiment(content(tmp_path / folder, max_steps=8, precision="bf16-mixed")), [Stop(last)])
+        ends.append(checkpoint.read(result.checkpoint))
+    assert ends[0]["MixedPrecision"]["scale"] == 64 * 2**2 and ends[0]["MixedPrecision"]["_growth_tracker"] == 2
+    for part in ("state_dict", "optimizer_states", "MixedPrecision"):
+        assert_same(ends[1][part], ends[0][part], part)
+
+
+class Stop(At):
+    """Ends a run after a step."""
+
+    def __init__(self, step):
+        super().__init__(step, None)
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
