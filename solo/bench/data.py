@@ -238,4 +238,5 @@ def many_views(job: Job, pairs: int, batch_size: int) -> Row:
     more = replace(job, views=_TIMES * job.views)
     few = engine_work(job, job.config.kernel, batch_size, _OURS)
     found = alternate(few, engine_work(more, job.config.kernel, batch_size, _OURS // _TIMES), pairs)
-    return Row("Dx", f"{len(more.views)} views over {_TIMES} times {len(job.views)} views", statistics.median(found.ratios) / _TIMES, "times")
+    what = f"{len(more.views)} views over {_TIMES} times {len(job.views)} views"
+    return Row("Dx", what, statistics.median(found.ratios) / _TIMES, "times")
