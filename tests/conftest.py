@@ -19,6 +19,8 @@ SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared"))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:    # a shell's background job: its commands would rightly ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:    # the same of nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
 
 

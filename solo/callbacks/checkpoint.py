@@ -23,6 +23,7 @@ from solo.lease import Taken
 from solo.ranges import require
 
 PATIENCE = 3        # saves in a row that may fail before a run ends
+LEAST = 60.0        # seconds that a share of an epoch waits for: short epochs would write a file every few seconds
 
 
 @dataclass(kw_only=True)
@@ -30,8 +31,9 @@ class CheckpointConfig:
     """When to save.
 
     ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay.
-    ``minutes``, ``epoch_share``: also in the middle of an epoch, once this much time has passed or this share of an epoch
-    been trained since the last save, so that no fault costs more; 0 minutes: after every step, whatever it takes.
+    ``minutes``, ``epoch_share``: also in the middle of an epoch, once this much time has passed, or this share of an epoch
+    been trained and a minute passed, since the last save, so that no fault costs more; 0 minutes: after every step,
+    whatever it takes.
     ``stall``: the share of the time that saves in the middle of an epoch may take; they are rarer where they took more.
     The end of the run and the signals that end or preempt a job always save.
     ``fallback``: folder for the last state of a run whose own cannot be written; empty: below the system's temporary one.
@@ -86,7 +88,7 @@ class Checkpointer(SignalGuard, Checkpoint):
             return trainer.is_global_zero
         passed, steps = time.monotonic() - self._tried_at, trainer.global_step - self._tried_step
         share = self.config.epoch_share * trainer.num_training_batches / trainer.accumulate_grad_batches
-        enough = passed >= 60 * self.config.minutes or (steps >= share > 0 and not self._failures)
+        enough = passed >= 60 * self.config.minutes or (steps >= share > 0 and passed >= LEAST and not self._failures)
         return enough and passed * self.config.stall >= self._took * (1 - self.config.stall)
 
     def end_epoch(self, trainer: pl.Trainer, leaving: bool) -> None:

@@ -49,13 +49,19 @@ class Run:
 
 @pytest.mark.parametrize(
     ("steps", "step_seconds", "save_seconds"),
-    [(36000, 10.0, 4.0), (20000, 0.5, 2.0), (2000, 1.0, 0.1)], ids=["100 hours", "3 hours", "half an hour"],
+    [(36000, 10.0, 4.0), (20000, 0.5, 2.0), (3600, 1.0, 0.1)], ids=["100 hours", "3 hours", "an hour"],
 )
 def test_a_fault_costs_ten_minutes_or_a_fiftieth_of_an_epoch_at_most(tmp_path, monkeypatch, steps, step_seconds, save_seconds):
     run = Run(tmp_path, monkeypatch, steps, step_seconds, save_seconds).train()
     seconds, lost = run.gaps()
     assert seconds <= 600 + step_seconds + save_seconds and lost <= 0.02 * steps + 1
     assert len(run.saves) * save_seconds <= 0.03 * run.clock
+
+
+def test_a_share_of_a_short_epoch_waits_for_a_minute(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, 600, 1.0, 0.1).train()
+    times = [time for time, _ in run.saves]
+    assert len(times) == 9 and all(60 <= b - a < 62 for a, b in zip(times, times[1:], strict=False))
 
 
 def test_saves_that_take_long_are_rarer(tmp_path, monkeypatch):
