@@ -34,6 +34,7 @@ def weights(result):
 BOTH = {"auto_batch_size": True, "auto_lr": True}
 
 
+@pytest.mark.slow
 def test_the_run_is_the_one_with_the_values_found(place, caplog):
     with caplog.at_level("INFO", "solo"):
         result = run(**BOTH)
@@ -136,6 +137,7 @@ def test_rates_grow_and_a_group_with_its_own_rate_keeps_it(monkeypatch):
     assert rates[1] / rates[0] == pytest.approx(10 ** (4 * 2 / 20), rel=1e-6)       # Lightning leaves one step out
 
 
+@pytest.mark.slow
 def test_memory_of_a_cpu_ends_the_search_before_the_system_does(monkeypatch):
     monkeypatch.setattr(tuning, "_memory", lambda: 1)
     config = experiment(values("nnclr", "runs", auto_batch_size=True))

@@ -106,11 +106,11 @@ def judged(letters):
                     yield typed, meant, "\n".join(own) or said_of(file, renamed(values, path, {meant: typed}))
 
 
-@pytest.mark.parametrize("letters", ["e_", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("letters", ["e", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
 def test_every_slip(letters):
     found = list(judged(letters))
     taken = [(typed, meant) for typed, meant, said in found if said is None]
-    assert len(found) > 4_000 and not taken, taken[:10]
+    assert len(found) > 5_000 and not taken, taken[:10]
     right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
     print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
     assert sum(right) >= 0.95 * len(right)

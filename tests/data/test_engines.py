@@ -276,6 +276,7 @@ def test_the_thread_does_not_run_far_ahead(monkeypatch: pytest.MonkeyPatch) -> N
     batches.close()
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_early_ends_cleanly() -> None:
     program = (
         "from solo.data.module import *; from solo.data.views import View\n"

@@ -19,6 +19,7 @@ def run(*arguments):
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_small_shapes():
     run("-m", "not slow")
 
