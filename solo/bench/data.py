@@ -19,6 +19,7 @@ from PIL import Image
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
+from solo.bench.looks import looks
 from solo.bench.measure import Row, alternate, rate, row, table, write
 from solo.bench.peers import PEERS, Peer, peer
 from solo.config import load
@@ -42,7 +43,7 @@ SIZES = (5_000, 50_000)
 _STEP = 0.02  # seconds a training step is taken to last
 _OURS, _THEIRS = 8192, 384  # images of one measurement: about as long for both
 _TIMES = 4  # as many views, as in multi-crop
-_LOOKED_AT, _LOOKS = 4096, 0.1  # images whose views are held to a peer's, and how far their looks may differ
+_LOOKED_AT = 4096  # images whose views are held to a peer's
 
 
 def main(argv: list[str]) -> None:
@@ -108,29 +109,6 @@ def correctness(data: DataModule) -> str:
     if not outside < 1e-3:
         raise NumericsError(f"{outside:.2%} of the values differ by more than a grey level from the reference engine")
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
-
-
-def looks(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:
-    """Holds views of the same images made with other random numbers to what ours look like.
-
-    Raises:
-        NumericsError: a view's values, or the means of its images, have another mean or spread.
-    """
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            raise NumericsError(f"the peer's views are {tuple(b.shape)}, ours {tuple(a.shape)}")
-        (mean, spread, images), (other, *others) = _looks(a), _looks(b)
-        off = [abs(mean - other) / spread, abs(others[0] / spread - 1), abs(others[1] / images - 1)]
-        worst = max(worst, *(value.max().item() for value in off))
-    if not worst < _LOOKS:
-        raise NumericsError(f"the peer's views do not look like ours: their mean or spread is off by {worst:.0%} of a spread")
-    return f"correct: mean and spread of the peer's views, and of their images' means, within {worst:.1%} of ours"
-
-
-def _looks(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per channel: mean and spread of all values, spread of the images' means."""
-    return view.mean((0, 2, 3)), view.std((0, 2, 3)), view.mean((2, 3)).std(0)
 
 
 # --- rates -------------------------------------------------------------------------------------------------------------

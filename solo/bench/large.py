@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from solo.bench.baselines.pil import PILBaseline
+from solo.bench.looks import looks
 from solo.bench.measure import alternate, row, table, write
 from solo.bench.peers import peer
 from solo.data.engines import Job, Payload, Slot
@@ -26,6 +27,7 @@ from solo.errors import ConfigError, NumericsError
 
 STAGES = {"cpu": ("D4", "decode and crops, uint8"), "all-cpu": ("D5", "all on the CPU")}
 _BATCH, _BATCHES = 32, 2  # images of one measurement: two batches
+_LOOKED_AT = 16  # batches whose views, or crops, are held to a peer's
 _PEERS = ("dali",)  # of `PEERS`, those that also decode
 Batches = Callable[[np.ndarray], list[torch.Tensor]]  # the views of these samples
 _COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
@@ -47,6 +49,8 @@ def main(arguments: argparse.Namespace, data: DataModule) -> None:
     for stage in [arguments.stage] if arguments.stage else STAGES:
         id, what = STAGES[stage]
         whose, batch = _other(job, source, arguments.peer, stage)
+        if arguments.peer:
+            print(f"{what}: {looks_like(job, batch, stage)}", flush=True)
         found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, batch), arguments.pairs)
         note = f"{what}, {len(job.views)} views of {job.views[0].crop_size} px, images of {pixels:.2f} MP"
         rows.append(row(id, note, "images/CPU-s", whose, found))
@@ -71,6 +75,19 @@ def correctness(job: Job) -> str:
     if not (levels.median() < 0.5 and outside < 1e-2):
         raise NumericsError(f"{outside:.2%} of the values differ by more than two grey levels from the reference engine")
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above two"
+
+
+def looks_like(job: Job, batch: Batches, stage: str) -> str:
+    """Holds a peer's views, or its crops where the stage ends with them, to what ours look like; errors as of `looks`."""
+    engine, slots = LargeEngine(job), _slots(job)(_LOOKED_AT)
+    ours = [
+        payload.batch.crops if stage == "cpu" else engine.finish(payload.batch).views for payload in engine.batches(slots)
+    ]
+    theirs = [batch(slot.samples) for slot in slots]
+    if stage == "cpu":
+        theirs = [[crops.permute(0, 3, 1, 2) for crops in views] for views in theirs]
+    a, b = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (ours, theirs))
+    return looks(a, b)
 
 
 def _slots(job: Job) -> Callable[[int], list[Slot]]:

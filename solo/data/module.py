@@ -17,7 +17,8 @@ from solo.console import warn
 from solo.data.bad import BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec, statistics
-from solo.data.engines import ENGINES, Job, choose, dali
+from solo.data.engines import ENGINES, Job, choose, require
+from solo.data.engines import dali as _dali  # noqa: F401  registers itself
 from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
@@ -56,8 +57,7 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.views = expand(views)
-        if config.engine == "dali":
-            dali.require(self.views)
+        require(choose(config), self.views)
         row = DATASETS[config.dataset]
         whole = row.open(config, True)
         assert whole is not None

@@ -1,5 +1,8 @@
 """DALI's own graph makes the recipe's views, of pixels and of files."""
 
+import argparse
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +11,12 @@ from PIL import Image
 from solo.bench import large
 from solo.data.config import DataConfig
 from solo.data.engines import Job, Slot
+from solo.data.engines.large import LargeEngine
 from solo.data.engines.small import SmallEngine
+from solo.data.module import DataModule
 from solo.data.sources import ArraySource, FolderSource
 from solo.data.views import View
-from solo.errors import ConfigError
+from solo.errors import ConfigError, NumericsError
 from tests.data.common import full_view, picture
 
 peers = pytest.importorskip("solo.bench.peers.dali")
@@ -39,6 +44,36 @@ def test_views_and_crops_of_files(tmp_path):
         name, batch = large._other(asked, asked.source, "dali", stage)
         view = batch(np.arange(4))[0]
         assert (tuple(view.shape), view.dtype, name) == (shape, kind, "DALI on the CPU")
+
+
+@pytest.mark.parametrize("stage", ["cpu", "all-cpu"])
+def test_views_and_crops_are_looked_at(stage, tmp_path):
+    """Ours, made with other numbers, look alike in either form; brighter ones do not."""
+    for i in range(64):
+        Image.fromarray(picture(i, 32, 32)).save(tmp_path / f"{i}.jpg")
+    views = [View(crop_size=8)]
+    asked = Job(FolderSource(tmp_path, 3, ""), views, (0.5,) * 3, (0.2,) * 3, 1, DataConfig(dataset="fake", num_workers=0))
+    other = LargeEngine(replace(asked, seed=2))
+
+    def batch(samples, factor=1.0):
+        crops = next(other.batches([Slot(0, samples)])).batch
+        shown = [crops.crops[0].permute(0, 2, 3, 1)] if stage == "cpu" else other.finish(crops).views
+        return [factor * view for view in shown]
+
+    assert "correct" in large.looks_like(asked, batch, stage)
+    with pytest.raises(NumericsError, match="do not look like ours"):
+        large.looks_like(asked, lambda samples: batch(samples, 1.3), stage)
+
+
+def test_a_peer_is_looked_at_before_it_is_timed(tmp_path, monkeypatch):
+    for i in range(32):
+        Image.fromarray(picture(i, 70, 90)).save(tmp_path / f"{i}.jpg")
+    views = [View(crop_size=24)]
+    data = DataModule(DataConfig(dataset="image_folder", train_path=str(tmp_path), num_workers=0), views, 32, seed=1)
+    monkeypatch.setattr(peers.Peer, "batch", lambda self, samples: [torch.zeros(len(samples), 24, 24, 3, dtype=torch.uint8)])
+    arguments = argparse.Namespace(recipe="x", peer="dali", stage="cpu", pairs=1, no_write=True)
+    with pytest.raises(NumericsError, match="do not look like ours"):
+        large.main(arguments, data)
 
 
 def test_other_peers_do_not_decode():

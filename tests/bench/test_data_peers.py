@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from solo.bench import data, measure
+from solo.bench import data, looks, measure
 from solo.bench.peers import PEERS
 from solo.errors import EnvironmentFault, NumericsError
 from tests.bench.test_board import found, page
@@ -25,10 +25,10 @@ def test_views_that_look_otherwise_are_refused():
     views = torch.randn(2, 512, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.randn(2, 512, 3, 1, 1, generator=torch.Generator().manual_seed(1))
     ours, theirs = [images[0] + views[0]], [images[0] + views[1]]
-    assert "correct" in data.looks(ours, theirs)
+    assert "correct" in looks.looks(ours, theirs)
     for wrong in (theirs[0] + 0.3, 1.3 * theirs[0], views[1], theirs[0][..., :4]):
         with pytest.raises(NumericsError):
-            data.looks(ours, [wrong])
+            looks.looks(ours, [wrong])
 
 
 def test_a_goal_may_be_the_peers(tmp_path):

@@ -190,6 +190,66 @@ def test_damaged_images_are_replaced_and_counted_as_elsewhere(
     assert len(built) == 1 if noticed == "before" else len(built) > 1
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[np.ndarray]], bool]) -> tuple[list[int], list[list[bool]]]:
+    """Let DALI fail at some batches; sizes of the graphs built, and which images of each batch were then left to its decoder."""
+    built: list[int] = []
+    left: list[list[bool]] = []
+    build, run = DaliEngine._built, graphs.Graph.run
+
+    def fail(self: object, contents: list[np.ndarray], params: list[Params]) -> list[torch.Tensor]:
+        if fails(contents):
+            raise RuntimeError("Critical error in pipeline:\nError in operator `x`,\n\nencountered:\n\nout of luck\nNo more.")
+        left.append([is_jpeg(content) for content in contents])
+        return run(self, contents, params)
+
+    monkeypatch.setattr(DaliEngine, "_built", lambda self, images: built.append(images) or build(self, images))
+    monkeypatch.setattr(graphs.Graph, "run", fail)
+    return built, left
+
+
+def is_jpeg(content: np.ndarray) -> bool:
+    return content[:2].tobytes() == b"\xff\xd8"
+
+
+def test_a_decoder_that_fails_is_said_once_and_given_up(
+    source: FolderSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built, left = failing(monkeypatch, lambda contents: any(map(is_jpeg, contents)))
+    engine, slot = DaliEngine(job(source, [SIMPLE])), PLAN[0]
+    with pytest.raises(EnvironmentFault, match="failed on cpu at 3 batches one after the other: out of luck$") as said:
+        list(engine.batches([slot] * 9))
+    engine.close()
+    assert len(built) == 3 + 2 - 2 and left == [[False] * 4] * 2 and "\n" not in str(said.value)
+    assert [record.getMessage().count("out of luck; this batch") for record in caplog.records if record.levelname == "WARNING"] == [1]
+
+
+def test_what_fails_twice_ends_the_run_in_one_line(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, lambda contents: True)
+    with pytest.raises(EnvironmentFault, match="data.engine=dali failed on cpu twice at the same batch: out of luck$") as said:
+        made(job(source, [SIMPLE]))
+    assert "\n" not in str(said.value) and said.value.exit_code == 5
+
+
+def test_a_failure_changes_no_other_batch(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C23: what a resume does not know of has no effect."""
+    odd = Path(source.files[0]).read_bytes() if hasattr(source, "files") else source.encoded(0)
+    built, left = failing(monkeypatch, lambda contents: any(content.tobytes() == odd for content in contents))
+    made(job(source, [SIMPLE]), [*PLAN, *(Slot(3, np.roll(np.arange(12), 2)[i : i + 4]) for i in range(0, 12, 4))])
+    whole = left.copy()
+    left.clear()
+    made(job(source, [SIMPLE]), [Slot(3, np.roll(np.arange(12), 2)[i : i + 4]) for i in range(0, 12, 4)])
+    assert len(built) > 3 and whole[3:] == left and whole[0] == [False] * 4 and not any(left[0]) and any(left[1])
+
+
+def test_dalis_decoder_makes_our_pixels(source: FolderSource) -> None:
+    """On the CPU: which of the two decoded an image does not show."""
+    engine = DaliEngine(job(source, [SIMPLE]))
+    slot = Slot(2, np.arange(12))
+    quick, ours = (engine._payload(engine._read(slot, load)) for load in (engine._image, engine._pixels))
+    engine.close()
+    assert torch.equal(quick.batch.views[0], ours.batch.views[0])
+
+
 @pytest.mark.parametrize("part", ["whole", "cut", "no end", "another marker", "unknown segment", "grey", "turned", "none"])
 def test_only_what_is_plainly_a_whole_jpeg_is_left_to_dali(part: str) -> None:
     image, exif = Image.fromarray(picture(0, 20, 30)), Image.Exif()
@@ -281,7 +341,6 @@ def test_what_it_cannot_do_is_said_before_anything_starts(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_the_gpu_one_line_says_so(source: FolderSource) -> None:
-    """The graph of a GPU is put together, each operation with inputs that it may have there; then there is no GPU."""
     asked = Job(source, [full_view(16)], (0.5,) * 3, (0.2,) * 3, 1, DataConfig(dataset="fake"), torch.device("cuda", 0))
     with pytest.raises(EnvironmentFault, match="data.engine=dali cannot compute on cuda:0: .*CUDA is not available") as said:
         made(asked)

@@ -1,9 +1,10 @@
 """Engines turn an image and sampled numbers into views; every engine makes the same image of the same numbers.
 
-A new engine is one more row in `ENGINES`: a class with `Engine`'s methods, or what chooses one.
+A new engine is one more row in `ENGINES`: a class with `Engine`'s methods, or what chooses one. A row may have a function
+``require``, see there.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -85,3 +86,15 @@ ENGINES: Registry[Callable[[Job], Engine]] = Registry("solo.engines")
 def choose(config: DataConfig) -> str:
     """Name of the engine that ``data.engine`` asks for."""
     return "fast" if config.engine == "auto" else config.engine
+
+
+def require(engine: str, views: Sequence[View]) -> None:
+    """Let the engine of this name judge, before any image is read, whether it can make these views.
+
+    Raises:
+        ConfigError: an operation that it has not.
+        EnvironmentFault: what it needs is not installed.
+    """
+    judge: Callable[[Sequence[View]], None] | None = getattr(ENGINES[engine], "require", None)
+    if judge is not None:
+        judge(views)

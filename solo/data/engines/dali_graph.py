@@ -82,9 +82,9 @@ def _values(view: View, params: Params, channels: int) -> dict[str, np.ndarray]:
 
 def _graph(views: Sequence[View], mean: Sequence[float], std: Sequence[float], gpu: bool) -> tuple[Node, ...]:
     kind = types.RGB if len(mean) == 3 else types.GRAY
-    image = fn.decoders.image(
-        fn.external_source(name="image"), device="mixed" if gpu else "cpu", output_type=kind, jpeg_fancy_upsampling=True
-    )
+    # One decoder for all: with a share left to a GPU's JPEG hardware, pixels would depend on the place in the batch.
+    how = {"device": "mixed", "hw_decoder_load": 0.0} if gpu else {"device": "cpu"}
+    image = fn.decoders.image(fn.external_source(name="image"), **how, output_type=kind, jpeg_fancy_upsampling=True)
     return tuple(_view(view, image, partial(_value, n), mean, std, gpu) for n, view in enumerate(views))
 
 
