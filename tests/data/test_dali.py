@@ -22,6 +22,7 @@ from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.module import DataModule
 from solo.data.random import Draws
 from solo.data.sources import FolderSource, Source
+from solo.data.tar import TarSource
 from solo.data.views import Chance, Params, View, sample
 from solo.errors import ConfigError, EnvironmentFault
 from solo.experiment import experiment
@@ -35,6 +36,7 @@ graphs = pytest.importorskip("solo.data.engines.dali_graph")
 
 CROPS = [name for name, view in ALONE.items() if view.rrc.enabled and name not in ("smaller", "larger")]
 COLOURS = [name for name, view in ALONE.items() if not view.rrc.enabled and not view.equalization.prob]
+BOUNDS = {"tiny crops": (0.14, 0.05), "blur of a small crop": (0.5, 0.25)}  # median, share above one level
 SIMPLE = View(crop_size=16, horizontal_flip=Chance(prob=0.5), grayscale=Chance(prob=0.5))
 PLAN = [Slot(2, np.arange(i, i + 4)[::-1].copy()) for i in range(0, 12, 4)]
 
@@ -95,21 +97,21 @@ def levels(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_are_the_references(name: str, levels: dict[str, np.ndarray]) -> None:
     different = levels[name] > 0.01
-    assert different.mean() <= (1e-3 if ALONE[name].solarization.prob else 0)
+    assert different.mean() <= (1e-4 if ALONE[name].solarization.prob else 0)
 
 
 @pytest.mark.parametrize("name", CROPS)
 def test_crops_are_the_references_but_for_their_border(name: str, levels: dict[str, np.ndarray]) -> None:
-    """Bicubic repeats the outermost pixels where the reference weighs only those inside, and a small crop is all border."""
-    found, tiny = levels[name], name in ("tiny crops", "blur of a small crop")
-    jumps = 2e-3 if ALONE[name].solarization.prob else 0
-    assert np.median(found) < (0.5 if tiny else 0.05)
-    assert (found > 12).mean() <= jumps and (found > 1).mean() < (0.25 if tiny else 0.05) + jumps
+    """Bicubic repeats the outermost pixels where the reference weighs only those inside, and a small crop is all border.
+
+    About 1.5 times what was measured: at most 0.0033 and 0.0044 for those without a bound of their own, 7.5 as the largest.
+    """
+    found, jumps = levels[name], 5e-4 if ALONE[name].solarization.prob else 0
+    median, share = BOUNDS.get(name, (0.005, 0.0066))
+    assert np.median(found) < median and (found > 1).mean() < share + jumps and (found > 11).mean() <= jumps
 
 
 def test_real_photographs(shared_data: Callable[[str], Path]) -> None:
-    from solo.data.tar import TarSource
-
     tar = TarSource(shared_data("imagenet-sample-256.tar"), "train", 3, "data.train_path")
     asked, plan = job(tar, [full_view(96)], num_workers=1), [Slot(0, np.arange(0, 256, 32))]
     quick, slow = (list(payloads)[0].batch.views[0] for payloads in (made(asked, plan), TorchvisionEngine(asked).batches(plan)))
@@ -191,7 +193,7 @@ def test_damaged_images_are_replaced_and_counted_as_elsewhere(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[np.ndarray]], bool]) -> tuple[list[int], list[list[bool]]]:
-    """Let DALI fail at some batches; sizes of the graphs built, and which images of each batch were then left to its decoder."""
+    """Let DALI fail at some batches; sizes of the graphs built, and of each batch which images its decoder was left."""
     built: list[int] = []
     left: list[list[bool]] = []
     build, run = DaliEngine._built, graphs.Graph.run
@@ -219,8 +221,9 @@ def test_a_decoder_that_fails_is_said_once_and_given_up(
     with pytest.raises(EnvironmentFault, match="failed on cpu at 3 batches one after the other: out of luck$") as said:
         list(engine.batches([slot] * 9))
     engine.close()
-    assert len(built) == 3 + 2 - 2 and left == [[False] * 4] * 2 and "\n" not in str(said.value)
-    assert [record.getMessage().count("out of luck; this batch") for record in caplog.records if record.levelname == "WARNING"] == [1]
+    assert len(built) == 3 and left == [[False] * 4] * 2 and "\n" not in str(said.value)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "data.engine=dali failed on cpu: out of luck; this batch" in warnings[0]
 
 
 def test_what_fails_twice_ends_the_run_in_one_line(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,19 +235,22 @@ def test_what_fails_twice_ends_the_run_in_one_line(source: FolderSource, monkeyp
 
 def test_a_failure_changes_no_other_batch(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """C23: what a resume does not know of has no effect."""
-    odd = Path(source.files[0]).read_bytes() if hasattr(source, "files") else source.encoded(0)
+    odd, order = source.encoded(0), np.roll(np.arange(12), 2)  # the second epoch has its companions elsewhere
     built, left = failing(monkeypatch, lambda contents: any(content.tobytes() == odd for content in contents))
-    made(job(source, [SIMPLE]), [*PLAN, *(Slot(3, np.roll(np.arange(12), 2)[i : i + 4]) for i in range(0, 12, 4))])
+    rest = [Slot(3, order[i : i + 4]) for i in range(0, 12, 4)]
+    made(job(source, [SIMPLE]), [*PLAN, *rest])
     whole = left.copy()
     left.clear()
-    made(job(source, [SIMPLE]), [Slot(3, np.roll(np.arange(12), 2)[i : i + 4]) for i in range(0, 12, 4)])
-    assert len(built) > 3 and whole[3:] == left and whole[0] == [False] * 4 and not any(left[0]) and any(left[1])
+    made(job(source, [SIMPLE]), rest)
+    assert len(built) > 3 and whole[3:] == left and not any(whole[0]) and not any(left[0]) and any(left[1])
 
 
-def test_dalis_decoder_makes_our_pixels(source: FolderSource) -> None:
+@pytest.mark.parametrize("real", [False, True], ids=["drawn", "photographs"])
+def test_dalis_decoder_makes_our_pixels(real: bool, source: FolderSource, shared_data: Callable[[str], Path]) -> None:
     """On the CPU: which of the two decoded an image does not show."""
-    engine = DaliEngine(job(source, [SIMPLE]))
-    slot = Slot(2, np.arange(12))
+    files: Source = TarSource(shared_data("imagenet-sample-256.tar"), "train", 3, "data.train_path") if real else source
+    engine, slot = DaliEngine(job(files, [SIMPLE])), Slot(2, np.arange(12))
+    assert any(is_jpeg(image.content) for image in engine._read(slot, engine._image).images)
     quick, ours = (engine._payload(engine._read(slot, load)) for load in (engine._image, engine._pixels))
     engine.close()
     assert torch.equal(quick.batch.views[0], ours.batch.views[0])
@@ -340,11 +346,17 @@ def test_what_it_cannot_do_is_said_before_anything_starts(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_the_gpu_one_line_says_so(source: FolderSource) -> None:
+def test_without_the_gpu_one_line_says_so(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a GPU is put together, each operation with inputs that it may have there; then there is no GPU."""
+    asked_for: list[dict[str, object]] = []
+    image = graphs.fn.decoders.image
+    monkeypatch.setattr(graphs.fn.decoders, "image", lambda x, **how: asked_for.append(how) or image(x, **how))
     asked = Job(source, [full_view(16)], (0.5,) * 3, (0.2,) * 3, 1, DataConfig(dataset="fake"), torch.device("cuda", 0))
     with pytest.raises(EnvironmentFault, match="data.engine=dali cannot compute on cuda:0: .*CUDA is not available") as said:
         made(asked)
     assert "\n" not in str(said.value)
+    (how,) = asked_for
+    assert how["device"] == "mixed" and how["hw_decoder_load"] == 0  # all images by the same decoder
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------------
