@@ -14,7 +14,7 @@ from solo.batch import Batch
 from solo.data import module as module_file
 from solo.data.datasets import DATASETS
 from solo.data.decoding import convert_channels
-from solo.data.engines.torchvision import clean
+from solo.data.engines.torchvision import TorchvisionEngine, clean
 from solo.data.loaders import Order, Position
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
@@ -374,3 +374,14 @@ def test_clean_images_are_the_published_resize_and_centre_crop(height: int, widt
     else:
         expected = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     torch.testing.assert_close(clean(image, size), expected, rtol=0, atol=1e-6)
+
+
+def test_the_engine_chosen_judges_the_views_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[View]] = []
+    monkeypatch.setattr(TorchvisionEngine, "require", staticmethod(asked.append), raising=False)
+    views = [View(crop_size=16, num_crops=2)]
+    with pytest.raises(ConfigError, match="data.train_path"):
+        module(views=views, engine="torchvision", dataset="image_folder", train_path=str(tmp_path / "none"))
+    assert len(asked) == 1 and [view.crop_size for view in asked[0]] == [16, 16]
+    module(views=views, dataset="digits")
+    assert len(asked) == 1
