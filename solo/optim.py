@@ -101,7 +101,7 @@ class LARS(Optimizer):
         decayed = torch._foreach_add(gradients, weights, alpha=decay)
         p_norm = torch.stack(torch._foreach_norm(weights))                                              # [tensors]
         g_norm = torch.stack(torch._foreach_norm(decayed if first else gradients))                      # [tensors]
-        ratio = options["eta"] * p_norm / ((g_norm if first else g_norm + decay * p_norm) + options["eps"])
+        ratio = p_norm / ((g_norm if first else g_norm + decay * p_norm) + options["eps"]) * options["eta"]
         if options["clip_lr"]:
             ratio = (ratio / options["lr"]).clamp(max=1)
         alone = torch.ones_like(ratio) if first else (g_norm != 0).to(ratio.dtype)  # a zero g gets no decay, a zero p has none

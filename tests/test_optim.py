@@ -266,7 +266,7 @@ def plain_lars(params, buffers, group):
         if p.ndim != 1 or not group["exclude_bias_n_norm"]:
             decayed = g.add(p, alpha=decay)
             norm = (decayed if group["decay_first"] else g).norm()
-            ratio = group["eta"] * p.norm() / ((norm if group["decay_first"] else norm + decay * p.norm()) + group["eps"])
+            ratio = p.norm() / ((norm if group["decay_first"] else norm + decay * p.norm()) + group["eps"]) * group["eta"]
             if group["clip_lr"]:
                 ratio = (ratio / group["lr"]).clamp(max=1)
             if p.norm() > 0 and norm > 0:

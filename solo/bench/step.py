@@ -34,6 +34,8 @@ from solo.errors import ConfigError, EnvironmentFault, NumericsError, Parser
 METHODS_MEASURED = ("nnclr", "all4one")
 _PEER = "as published"
 _METRICS, _STEPS = 9, 400
+_UPDATES = 3
+_LARS = {"lars": 0.0, "old_lars": 1e-6}  # how far a weight may end from the peer's: old releases round in another order
 
 
 def main(argv: list[str]) -> None:
@@ -151,26 +153,30 @@ def beside(path: Path, pairs: int) -> list[Row]:
     groups = step.optimizer.param_groups
     weights = [p for group in groups for p in group["params"]]
     gradients = [torch.randn_like(p) for p in weights]
-    numbers = [groups[0]["lr"], groups[0]["weight_decay"], groups[0]["eta"]]
+    numbers = [groups[0]["lr"], groups[0]["weight_decay"], groups[0]["eta"], _UPDATES]
 
     def ours() -> int:
-        for p, g in zip(weights, gradients, strict=True):
-            p.grad = g.clone()
-        step.optimizer.step()
-        return 1
+        for _ in range(_UPDATES):
+            for p, g in zip(weights, gradients, strict=True):
+                p.grad = g.clone()
+            step.optimizer.step()
+        return _UPDATES
 
     with Checkout(path, "step") as peer:
         if not peer.knows("lars"):
             raise ConfigError(f"--peer {path}: bench step takes solo-learn's LARS, which this is not (bench loss takes both)")
-        expected = peer.prepare("lars", (), [*(p.detach() for p in weights), *gradients], numbers)
-        if isinstance(expected, str):
+        for formula, bound in _LARS.items():
+            expected = peer.prepare(formula, (), [*(p.detach() for p in weights), *gradients], numbers)
+            if not isinstance(expected, str):
+                break
+        else:
             raise EnvironmentFault(f"--peer {path}: {expected}")
         ours()
         worst = max((p - q).abs().max().item() for p, q in zip(weights, expected, strict=True))
-        if worst > 1e-6:
-            raise NumericsError(f"LARS: a weight differs by {worst:.1e} from {peer.name}")
-        print(f"LARS: after a step a weight differs by {worst:.1e} at most from {peer.name}", flush=True)
-        found = Comparison(tuple((rate(ours), peer.rate()) for _ in range(pairs)))
+        if not worst <= bound:
+            raise NumericsError(f"LARS: a weight differs by {worst:.1e} from {peer.name}, where {bound:g} is allowed")
+        print(f"LARS: after {_UPDATES} steps a weight differs by {worst:.1e} at most from {peer.name}", flush=True)
+        found = Comparison(tuple((rate(ours), _UPDATES * peer.rate()) for _ in range(pairs)))
     return [row("S4", "LARS: a step over NNCLR's networks", "per CPU-s", peer.name, found)]
 
 

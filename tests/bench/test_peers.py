@@ -35,15 +35,32 @@ import torch
 
 class LARS(torch.optim.SGD):
     def __init__(self, params, lr, momentum, weight_decay, eta, clip_lr, exclude_bias_n_norm):
-        super().__init__(params, lr=1.0, momentum=momentum)
-        self.own = lr, weight_decay, eta
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.own = weight_decay, eta
 
     def step(self):
-        lr, decay, eta = self.own
+        decay, eta = self.own
         for p in self.param_groups[0]["params"]:
-            r = min(eta * p.norm() / (p.grad.norm() + decay * p.norm() + 1e-8) / lr, 1) if p.ndim > 1 else 1
-            p.grad = lr * r * (p.grad + decay * (p.ndim > 1) * p.detach())
+            if p.ndim > 1:
+                r = p.norm() / (p.grad.norm() + decay * p.norm() + 1e-8) * eta
+                p.grad = p.grad.add(p.detach(), alpha=decay) * min(r / self.param_groups[0]["lr"], 1)
         super().step()
+"""
+OLD_LARS = """
+class LARSWrapper:
+    def __init__(self, optimizer, eta, clip, exclude_bias_n_norm):
+        self.optimizer, self.eta = optimizer, eta
+
+    def step(self):
+        (group,) = self.optimizer.param_groups
+        decay, group["weight_decay"] = group["weight_decay"], 0
+        for p in group["params"]:
+            if p.ndim > 1:
+                r = self.eta * p.norm() / (p.grad.norm() + decay * p.norm() + 1e-8)
+                p.grad += decay * p.detach()
+                p.grad *= min(r / group["lr"], 1)
+        self.optimizer.step()
+        group["weight_decay"] = decay
 """
 FILES = {
     "__init__.py": "import not_installed", "losses/__init__.py": "", "utils/__init__.py": "import not_installed_either",
@@ -97,17 +114,30 @@ def test_what_cannot_be_imported_is_left_out_with_a_word(peer, capsys):
 
 
 @pytest.mark.slow
-def test_a_step_of_its_lars(path, capsys, monkeypatch):
+@pytest.mark.parametrize(("text", "said"), [
+    (LARS, None),
+    (LARS.replace("+ decay *", "+ 2 * decay *"), "where 0 is allowed"),
+    (LARS.replace("1e-8) * eta", "1e-8)").replace("r = p", "r = eta * p"), "where 0 is allowed"),
+    (OLD_LARS, None),
+    (OLD_LARS.replace("+ decay *", "+ 2 * decay *"), "where 1e-06 is allowed"),
+    ("", "no attribute 'LARSWrapper'"),
+], ids=["published", "other decay", "other order", "old", "old, other decay", "none"])
+def test_steps_of_its_lars(text, said, path, capsys, monkeypatch):
     monkeypatch.setattr(step, "Step", Small)
-    (row,) = step.beside(path, 2)
-    assert row.id == "S4" and row.pairs == 2 and "from solo-learn's own code" in capsys.readouterr().out
-    file = path / "solo" / "utils" / "lars.py"
-    try:
-        file.write_text(LARS.replace("+ decay *", "+ 2 * decay *"))
-        with pytest.raises(SoloError, match="LARS: a weight differs by"):
+    (path / "solo" / "utils" / "lars.py").write_text(text)
+    if said:
+        with pytest.raises(SoloError, match=said):
             step.beside(path, 1)
-    finally:
-        file.write_text(LARS)
+    else:
+        (row,) = step.beside(path, 2)
+        assert row.id == "S4" and row.pairs == 2 and "after 3 steps a weight differs by" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_what_is_reported(path):
+    with pytest.raises(EnvironmentFault, match="its process ended with -9"), Checkout(path, "loss") as peer:
+        peer._process.kill()
+        peer._process.wait()
+        peer.rate()
 
 
 class Small:

@@ -40,7 +40,7 @@ class LoopLARS(Optimizer):
                 if p.ndim != 1:
                     p_norm, g_norm = torch.norm(p), torch.norm(update)
                     if p_norm != 0 and g_norm != 0:
-                        ratio = group["eta"] * p_norm / (g_norm + p_norm * decay + 1e-8)
+                        ratio = p_norm / (g_norm + p_norm * decay + 1e-8) * group["eta"]
                         ratio = min(ratio / group["lr"], 1)
                         update = update.add(p, alpha=decay).mul(ratio)
                 state = self.state[p]

@@ -15,7 +15,7 @@ from solo.data.views import LOG_RATIO, SIGMA, SOLARIZE_THRESHOLD, View
 
 class Peer:
     """Its own operations with the recipe's numbers. Otherwise than the recipe: one order of the colour jitter a batch,
-    and its default crop, bilinear and without antialiasing, which is its fastest."""
+    and a bilinear crop without antialiasing, in the faster of its two modes, which is not its default (``slice``)."""
 
     name = "kornia"
     images = 1024

@@ -57,9 +57,10 @@ def augment(view: View, image: np.ndarray) -> np.ndarray:
 
 
 def _change(x: np.ndarray, part: int, factor: float) -> np.ndarray:
-    if part in (BRIGHTNESS, CONTRAST):
-        grey = cv2.mean(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY))[0] if part == CONTRAST else 0.0
-        return cv2.addWeighted(x, factor, x, 0, (1 - factor) * grey)
+    if part == BRIGHTNESS:
+        return cv2.convertScaleAbs(x, alpha=factor)     # of its ways the fastest: a table takes longer to build than to apply
+    if part == CONTRAST:
+        return cv2.addWeighted(x, factor, x, 0, (1 - factor) * cv2.mean(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY))[0])
     if part == SATURATION:
         grey = cv2.cvtColor(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         return cv2.addWeighted(x, factor, grey, 1 - factor, 0)

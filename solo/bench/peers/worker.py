@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -103,31 +104,33 @@ def _lightly_nearest(z: Tensor, keys: Tensor) -> Formula:
     return lambda: torch.cat([bank(view, update=False) for view in z.chunk(2)])
 
 
-def _solo_lars(*tensors: Any) -> Formula:
-    """One step: half of the tensors are weights, the others their gradients; the weights after it."""
-    *given, lr, decay, eta = tensors
+def _solo_lars(*tensors: Any, old: bool = False) -> Formula:
+    """So many steps: half of the tensors are weights, the others their gradients; the weights after these."""
+    *given, lr, decay, eta, steps = tensors
     half = len(given) // 2
     weights, gradients = [p.clone().requires_grad_() for p in given[:half]], given[half:]
     options: dict[str, Any] = {"lr": lr, "momentum": 0.9, "weight_decay": decay}
-    try:
-        kind = _of("solo.utils.lars", "LARS")
-        optimizer = kind(weights, **options, eta=eta, clip_lr=True, exclude_bias_n_norm=True)
-    except AttributeError:                      # releases up to 1.0.2
+    if old:
         wrapper = _of("solo.utils.lars", "LARSWrapper")
         optimizer = wrapper(torch.optim.SGD(weights, **options), eta=eta, clip=True, exclude_bias_n_norm=True)
+    else:
+        kind = _of("solo.utils.lars", "LARS")
+        optimizer = kind(weights, **options, eta=eta, clip_lr=True, exclude_bias_n_norm=True)
 
-    def step() -> list[Tensor]:
-        for p, g in zip(weights, gradients, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
+    def run() -> list[Tensor]:
+        for _ in range(int(steps)):
+            for p, g in zip(weights, gradients, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
         return [p.detach() for p in weights]
 
-    return step
+    return run
 
 
 FORMULAS: dict[str, dict[str, Callable[..., Formula]]] = {
     "solo": {
-        "nt_xent": _solo_nt_xent, "nnclr": _solo_nnclr, "nearest": _solo_nearest, "lars": _solo_lars,
+        "nt_xent": _solo_nt_xent, "nnclr": _solo_nnclr, "nearest": _solo_nearest,
+        "lars": _solo_lars, "old_lars": partial(_solo_lars, old=True),      # releases up to 1.0.2
         "barlow": _solo("barlow", "barlow_loss_func"), "vicreg": _solo("vicreg", "vicreg_loss_func"),
     },
     "lightly": {
