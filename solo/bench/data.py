@@ -20,11 +20,13 @@ from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
 from solo.bench.looks import looks
-from solo.bench.measure import Row, alternate, rate, row, table, write
+from solo.bench.measure import Row, alternate, rate, row, table, told, write
 from solo.bench.peers import PEERS, Peer, peer
 from solo.config import load
 from solo.data.config import KernelName
 from solo.data.engines import Job, Slot
+from solo.data.engines.kernel_torch import TorchKernel
+from solo.data.engines.kernels import kernel
 from solo.data.engines.small import SmallEngine
 from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.loaders import Order, Position, TrainLoader
@@ -52,8 +54,9 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     config = _experiment(arguments)
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    setting = setting_of(arguments.recipe, config.data.kernel, arguments.overrides)
     if not isinstance(data.job.source, ArraySource):
-        return large.main(arguments, data)
+        return large.main(arguments, data, setting)
     if arguments.stage is not None:
         raise ConfigError("--stage is for images above 64 px: small ones have one stage")
     print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> None:
     if not arguments.no_step and not other:
         print(bound(config, data.job, next(entry.value for entry in rows if entry.id == "D1")))
     if not arguments.no_write:
-        write(rows)
+        write(rows, setting=setting)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -82,6 +85,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="do not append to bench/results.csv")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, e.g. data.train_path=...")
     return parser.parse_args(argv)
+
+
+def setting_of(recipe: str, wanted: KernelName, overrides: list[str]) -> str:
+    """The recipe, the kernel that computes where it is not numba's, and what else was overridden."""
+    others = [word for word in told(overrides) if not word.startswith("data.kernel=")]
+    slow = ["data.kernel=torch"] if kernel(wanted) is TorchKernel else []
+    return ", ".join([recipe, *slow, *others])
 
 
 def _experiment(arguments: argparse.Namespace) -> Experiment:
@@ -142,9 +152,9 @@ def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
     """D1 and D3: both kernels against torchvision on PIL."""
     rows = []
     kernels: list[tuple[str, KernelName, int]] = [("D1", "numba", _OURS), ("D3", "torch", _OURS // 8)]
-    for id, kernel, images in kernels:
-        found = alternate(engine_work(job, kernel, batch_size, images), pil_work(job, _THEIRS), pairs)
-        rows.append(row(id, f"fast engine, {kernel} kernel", "images/CPU-s", "torchvision v1 on PIL", found))
+    for id, name, images in kernels:
+        found = alternate(engine_work(job, name, batch_size, images), pil_work(job, _THEIRS), pairs)
+        rows.append(row(id, f"fast engine, {name} kernel", "images/CPU-s", "torchvision v1 on PIL", found))
     return rows
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from solo.bench import kernel
 from solo.bench.device import clocks
 from solo.bench.epochs import board, speed
-from solo.bench.measure import Row, provenance, table, write
+from solo.bench.measure import Row, provenance, table, told, write
 from solo.errors import ConfigError, Parser
 
 METHODS = ("nnclr", "all4one", "sce")
 _TOO_SHORT = 20             # epochs of a schedule that is not worth its row
+_SAME = ("revision", "hardware", "versions", "setting")     # of a row that is not measured again
 _VALIDATION = 1.25          # an epoch with its validation beside one without
 
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     print(clocks() if device == "cuda" else "tiny sizes on a CPU: this shows that it runs, and nothing else", flush=True)
     rows: list[Row] = []
     for id, stage in stages:
-        rows += _once(id, stage, path)
+        rows += _once(id, stage, path, _setting(arguments.overrides) if id[0] == "E" else "")
     if arguments.data is None:
         print("no --data: E1, E2 and the training are left out")
     else:
@@ -63,25 +64,29 @@ def _overrides(arguments: argparse.Namespace, device: str) -> list[str]:
     return ["data.dataset=npz", f"data.train_path={arguments.data}", *where, *arguments.overrides]
 
 
-def _once(id: str, stage: Callable[[], list[Row]], path: Path) -> list[Row]:
+def _setting(overrides: list[str]) -> str:
+    return ", ".join(told(overrides))
+
+
+def _once(id: str, stage: Callable[[], list[Row]], path: Path, setting: str) -> list[Row]:
     """The stage's rows: those the file has for these circumstances, else measured and written."""
-    found = list(_kept(path, id))
+    found = list(_kept(path, id, setting))
     if found:
         print(f"{id}: in {path} already", flush=True)
         return found
     found = stage()
-    write(found, path)
+    write(found, path, setting)
     print(table(found), flush=True)
     return found
 
 
-def _kept(path: Path, id: str) -> Iterator[Row]:
+def _kept(path: Path, id: str, setting: str = "") -> Iterator[Row]:
     if not path.exists():
         return
-    here = provenance()
+    here = provenance() | {"setting": setting}
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            if line["id"] == id and all(line[key] == here[key] for key in ("revision", "hardware", "versions")):
+            if line["id"] == id and all((line.get(key) or "") == here[key] for key in _SAME):
                 numbers = {key: float(line[key]) for key in ("peer_value", "ratio", "ratio_min", "ratio_max") if line[key]}
                 pairs = int(line["pairs"]) if line["pairs"] else None
                 ratios = tuple(map(float, (line.get("ratios") or "").split()))
@@ -92,19 +97,20 @@ def _kept(path: Path, id: str) -> Iterator[Row]:
 def _board(method: str, left: float, rows: list[Row], overrides: list[str], path: Path) -> list[Row]:
     """A training as long as fits into ``left`` seconds at the speed of E1 or E2; one that was begun goes on as planned."""
     plan = f"{method}: epochs of the training"
-    begun = [entry for entry in _kept(path, "EB") if entry.what == plan]
+    setting = _setting(overrides)
+    begun = [entry for entry in _kept(path, "EB", setting) if entry.what == plan]
     slowest = max(entry.value for entry in rows if entry.unit == "s/epoch")
     epochs = int(begun[0].value if begun else left / (slowest * _VALIDATION))
     if epochs < _TOO_SHORT:
         print(f"{left:.0f} s are left, enough for {max(0, epochs)} epochs: too few, no training (--minutes gives more)")
         return []
-    done = [entry for entry in _kept(path, "EB") if entry.what.startswith(f"{method},")]
+    done = [entry for entry in _kept(path, "EB", setting) if entry.what.startswith(f"{method},")]
     if done:
         print(f"EB: {method} in {path} already", flush=True)
         return done
     if not begun:
-        write([Row("EB", plan, epochs, "epochs")], path)
+        write([Row("EB", plan, epochs, "epochs")], path, setting)
     print(f"{method} for {epochs} epochs, {left:.0f} s are left", flush=True)
     found = board(method, epochs, every=max(1, epochs // 10), overrides=overrides)
-    write(found, path)
+    write(found, path, setting)
     return found

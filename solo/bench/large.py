@@ -33,7 +33,7 @@ Batches = Callable[[np.ndarray], list[torch.Tensor]]  # the views of these sampl
 _COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
 
 
-def main(arguments: argparse.Namespace, data: DataModule) -> None:
+def main(arguments: argparse.Namespace, data: DataModule, setting: str) -> None:
     """Print and keep a row per stage."""
     if arguments.peer not in (None, *_PEERS):
         raise ConfigError(f"--peer {arguments.peer} is for images up to 64 px")
@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace, data: DataModule) -> None:
         rows.append(row(id, note, "images/CPU-s", whose, found))
     print(table(rows), flush=True)
     if not arguments.no_write:
-        write(rows)
+        write(rows, setting=setting)
 
 
 def correctness(job: Job) -> str:

@@ -20,7 +20,7 @@ from solo.bench.baselines import losses as peers
 from solo.bench.measure import Comparison, Row, alternate, rate, row, table, write
 from solo.bench.memory import peak_bytes
 from solo.bench.peers import named
-from solo.bench.peers.checkout import Checkout
+from solo.bench.peers.checkout import Checkout, release
 from solo.errors import ConfigError, EnvironmentFault, Parser, SoloError
 from solo.kernels import neighbours, wants_shadow
 from solo.losses import barlow_loss_func, nnclr_loss_func, sce_loss_func, simclr_loss_func, vicreg_loss_func
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
             raise EnvironmentFault(f"--peer {arguments.peer}: it has none of these losses that can be imported here")
     print(table(rows), flush=True)
     if not arguments.no_write:
-        write(rows)
+        write(rows, peer=release(arguments.peer))
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -3,11 +3,12 @@
 import csv
 import io
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,10 @@ import torchvision
 from solo.bench.board import render
 from solo.files import write_file
 
-_OPTIONAL = ("numba", "simplejpeg", "kornia", "opencv-python-headless")  # what, where it is installed, may change a figure
+_OPTIONAL = (                               # what, where it is installed, may change a figure
+    "pytorch-lightning", "triton", "numba", "simplejpeg", "kornia", "opencv-python-headless", "nvidia-dali-cuda130",
+)
+_PLACE = re.compile(r"data\.(train|val)_path=|checkpoint\.dir=|data\.dataset=(npz|tar|folder|h5)$")
 RESULTS = Path("bench/results.csv")
 
 
@@ -90,10 +94,18 @@ def compared(id: str, what: str, unit: str, peer: str, values: tuple[float, floa
     return Row(id, what, values[0], unit, peer, values[1], middle, least, largest, len(ratios), tuple(ratios))
 
 
-def write(rows: list[Row], path: Path = RESULTS) -> None:
-    """Append the rows with where and how they were measured, and draw the board anew."""
+def write(rows: list[Row], path: Path = RESULTS, setting: str = "", peer: str = "") -> None:
+    """Append the rows with where and how they were measured, and draw the board anew.
+
+    Args:
+        rows: what was found.
+        path: of the results.
+        setting: recipe and overrides; the newest row of each setting counts.
+        peer: name and version of a checkout beside which it was measured.
+    """
     circumstances = provenance()
-    columns = [*(field.name for field in fields(Row) if field.name != "ratios"), *circumstances, "ratios"]
+    columns = [*(field.name for field in fields(Row) if field.name != "ratios"), *circumstances, "ratios", "setting"]
+    circumstances |= {"versions": f"{circumstances['versions']} {peer}".strip(), "setting": setting}
     path.parent.mkdir(parents=True, exist_ok=True)
     _with_columns(path, columns)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -125,7 +137,12 @@ def _text(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def provenance() -> Mapping[str, str]:
+def told(overrides: Iterable[str]) -> list[str]:
+    """Those that may change a figure: all but the ones that say where files lie."""
+    return [word for word in overrides if not _PLACE.match(word)]
+
+
+def provenance() -> dict[str, str]:
     """Revision, hardware, versions and command of this process."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     versions["numpy"] = np.__version__

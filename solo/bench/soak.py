@@ -45,10 +45,13 @@ class Usage:
             self.memory.append(int(pages[1]) * os.sysconf("SC_PAGE_SIZE"))
             self.files.append(len(os.listdir(f"/proc/{pid}/fd")))
 
-    def growth(self) -> tuple[float, int]:
-        """From the second tenth of the time to the last: by which share memory grew, and by how many the open files."""
+    def growth(self) -> tuple[float, int] | None:
+        """From the second tenth of the time to the last: by which share memory grew, and by how many the open files.
+
+        None if there were fewer than three looks.
+        """
         if len(self.memory) < 3:
-            return 0.0, 0
+            return None
         part = max(1, len(self.memory) // 10)
         early, late = slice(part, 2 * part), slice(-part, None)
         memory = statistics.median(self.memory[late]) / statistics.median(self.memory[early]) - 1
@@ -162,12 +165,21 @@ def soak(content: dict[str, Any], minutes: float, seed: int, folder: Path) -> tu
     alone.end(signal.SIGTERM, range(quiet.ranks))
     _catch_up(quiet, loud)
     problems = [*quiet.problems, *loud.problems, *_unlike(quiet, loud)]
-    memory, files = alone.usage.growth()
-    if memory >= GROWTH or files:
-        problems.append(f"grown: memory by {memory:.2%}, open files by {files}")
+    grown, problem = judged(alone.usage)
+    problems += problem
     said = ", ".join(f"{count} {kind}" for kind, count in happened.items())
     steps = max(valid_steps(quiet.saved))
-    return f"{minutes:g} minutes, {steps} steps, {said}: memory {memory:+.2%}, open files {files:+d}", problems
+    return f"{minutes:g} minutes, {steps} steps, {said}: {grown}", problems
+
+
+def judged(usage: Usage) -> tuple[str, list[str]]:
+    """By what a run that was left alone grew, and the problems with it."""
+    growth = usage.growth()
+    if growth is None:
+        return "growth unknown", [f"unseen: memory and open files were looked at {len(usage.memory)} times only"]
+    memory, files = growth
+    said = f"memory {memory:+.2%}, open files {files:+d}"
+    return said, [f"grown: {said}"] if memory >= GROWTH or files > 0 else []
 
 
 def _both(alone: Life, life: Life, seconds: float) -> bool:

@@ -25,7 +25,7 @@ from solo.bench import ranks
 from solo.bench.baselines.step import LoggedAtOnce
 from solo.bench.counts import Operations, Waits, search_of_a_gpu
 from solo.bench.measure import Comparison, Row, alternate, compared, rate, row, table, write
-from solo.bench.peers.checkout import Checkout
+from solo.bench.peers.checkout import Checkout, release
 from solo.bench.recipe import Step
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         rows += whole(method, arguments.batch, arguments.pairs)
     print(table(rows), flush=True)
     if not arguments.no_write:
-        write(rows)
+        write(rows, peer=release(arguments.peer))
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -152,6 +152,8 @@ def beside(path: Path, pairs: int) -> list[Row]:
     step = Step("nnclr", 2, "separate", queue_size=16)
     groups = step.optimizer.param_groups
     weights = [p for group in groups for p in group["params"]]
+    for p in weights:                           # as the peer gets them: in another layout a norm is summed in another order
+        p.data = p.detach().contiguous()
     gradients = [torch.randn_like(p) for p in weights]
     numbers = [groups[0]["lr"], groups[0]["weight_decay"], groups[0]["eta"], _UPDATES]
 
@@ -165,12 +167,7 @@ def beside(path: Path, pairs: int) -> list[Row]:
     with Checkout(path, "step") as peer:
         if not peer.knows("lars"):
             raise ConfigError(f"--peer {path}: bench step takes solo-learn's LARS, which this is not (bench loss takes both)")
-        for formula, bound in _LARS.items():
-            expected = peer.prepare(formula, (), [*(p.detach() for p in weights), *gradients], numbers)
-            if not isinstance(expected, str):
-                break
-        else:
-            raise EnvironmentFault(f"--peer {path}: {expected}")
+        expected, bound = _its_lars(peer, path, [*(p.detach() for p in weights), *gradients], numbers)
         ours()
         worst = max((p - q).abs().max().item() for p, q in zip(weights, expected, strict=True))
         if not worst <= bound:
@@ -178,6 +175,16 @@ def beside(path: Path, pairs: int) -> list[Row]:
         print(f"LARS: after {_UPDATES} steps a weight differs by {worst:.1e} at most from {peer.name}", flush=True)
         found = Comparison(tuple((rate(ours), _UPDATES * peer.rate()) for _ in range(pairs)))
     return [row("S4", "LARS: a step over NNCLR's networks", "per CPU-s", peer.name, found)]
+
+
+def _its_lars(peer: Checkout, path: Path, tensors: list[Tensor], numbers: list[float]) -> tuple[list[Tensor], float]:
+    """The peer's weights after its steps, and how far ours may end from them."""
+    found: list[Tensor] | str = ""
+    for formula, bound in _LARS.items():
+        found = peer.prepare(formula, (), tensors, numbers)
+        if not isinstance(found, str):
+            return found, bound
+    raise EnvironmentFault(f"--peer {path}: {found}")
 
 
 # --- Python around a step ------------------------------------------------------------------------------------------------

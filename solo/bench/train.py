@@ -2,7 +2,7 @@
 
 
 from solo.bench.epochs import RECIPES, speed
-from solo.bench.measure import table, write
+from solo.bench.measure import table, told, write
 from solo.errors import ConfigError, Parser
 
 
@@ -20,4 +20,4 @@ def main(argv: list[str]) -> None:
     rows = speed("ET", arguments.method, arguments.overrides, arguments.epochs)
     print(table(rows))
     if not arguments.no_write:
-        write(rows)
+        write(rows, setting=", ".join(told(arguments.overrides)))

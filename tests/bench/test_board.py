@@ -4,8 +4,12 @@ import csv
 import shutil
 from dataclasses import asdict
 
+import pytest
+
 from solo.bench import board, measure
+from solo.bench.data import setting_of
 from solo.bench.measure import Comparison, Row
+from solo.bench.peers.checkout import release
 from tests.conftest import ROOT
 
 
@@ -48,7 +52,7 @@ def test_two_pairs_short_by_over_a_tenth_miss_a_goal_that_the_median_meets(tmp_p
 
 def test_rows_from_before_a_column_was_there_stay(tmp_path):
     path, text = page(tmp_path, [measure.row("D1", "engine", "images/CPU-s", "PIL", found(30.0))])
-    path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
+    path.write_text("".join(f"{line.rsplit(',', 2)[0]}\n" for line in path.read_text().splitlines()))
     _, both = page(tmp_path, [Row("D6", "first batch", 11.0, "ms")])
     first, second = csv.DictReader(path.open())
     assert first["ratios"] == "" and first["ratio"] == "30" and second["what"] == "first batch" and second["ratios"] == ""
@@ -78,13 +82,50 @@ def test_goals_know_the_rows_of_a_gpu_by_their_words():
 
 def test_what_waits_for_a_gpu_is_said(tmp_path):
     _, text = page(tmp_path, [Row("E4", "nnclr, CIFAR-10, 200 epochs with their validation", 9.0, "min")])
-    assert "these goals wait: K1, K2, K3, K4, K5, E1, E2, E3 (" in text and "<= 10 min | yes" in text
+    assert "these goals wait: K1, K2, K3, K4, K5, E1 (" in text and "<= 10 min | yes" in text
+    assert "No code measures these goals yet: E1 and E2 beside" in text
 
 
 def test_rows_of_other_hardware_and_recipes_stand_beside_each_other():
     entry = {key: "" for key in asdict(Row("D1", "x", 1.0, "s"))} | {"id": "D1", "what": "x", "hardware": "a", "command": ""}
     others = [entry | {"hardware": "b"}, entry | {"command": "python -m solo.bench data --recipe cifar-sym --pairs 5"}]
     assert board.newest([entry, *others, entry]) == [entry, *others]
+
+
+def test_a_setting_is_the_row_and_a_default_is_what_it_stands_for(tmp_path):
+    overrides = ["data.train_path=a.npz", "data.kernel=torch"]
+    auto, torch = setting_of("cifar-asym", "auto", overrides[:1]), setting_of("cifar-asym", "torch", overrides)
+    assert (auto, torch) == ("cifar-asym", "cifar-asym, data.kernel=torch")
+    assert setting_of("in224", "numba", ["data.dataset=tar", "data.num_workers=4"]) == "in224, data.num_workers=4"
+    entry = {key: "" for key in asdict(Row("D2", "x", 1.0, "s"))} | {"id": "D2", "what": "x", "hardware": "a"}
+    named = entry | {"command": "python -m solo.bench data --recipe cifar-asym"}       # from before rows had a setting
+    told = [entry | {"command": "python -m solo.bench data", "setting": setting} for setting in (auto, torch)]
+    assert board.newest([named, *told]) == told
+    for setting in (auto, torch):
+        measure.write([Row("D2", "fast engine", 1.0, "images/CPU-s")], tmp_path / "results.csv", setting)
+    assert all(f"| D2 | fast engine, {setting} |" in (tmp_path / "README.md").read_text() for setting in (auto, torch))
+
+
+@pytest.mark.parametrize(("id", "what", "peer", "expected"), [
+    ("D5", "all on the CPU", "DALI on the CPU", []),
+    ("D5", "all on the CPU", "solo-learn's pipeline", [3]),
+    ("L3", "NN top-1, 2 views", "solo-learn's own code", [3]),
+    ("L3", "NN top-5, 2 views", "solo-learn's own code", [2]),
+])
+def test_goals_are_for_the_peer_they_name(id, what, peer, expected):
+    entry = {"id": id, "what": what, "peer": peer, "ratio": "2", "peer_value": "1", "unit": "per CPU-s"}
+    assert [goal.bound for goal in board.goals(entry)] == expected
+
+
+def test_versions_name_the_checkout(tmp_path):
+    assert release(None) == release("torch-compile") == release(str(tmp_path)) == ""
+    metadata = tmp_path / "solo_learn-1.0.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: solo-learn\nVersion: 1.0.2\n")
+    assert release(str(tmp_path)) == "solo-learn 1.0.2"
+    measure.write([Row("S4", "LARS", 1.0, "per CPU-s")], tmp_path / "results.csv", peer=release(str(tmp_path)))
+    (line,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert line["versions"].endswith(" solo-learn 1.0.2") and "pytorch-lightning 2" in line["versions"]
 
 
 def test_no_picture_without_a_ratio(tmp_path):

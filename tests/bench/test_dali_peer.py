@@ -81,4 +81,4 @@ def test_other_peers_do_not_decode():
         peer = "kornia"
 
     with pytest.raises(ConfigError, match="--peer kornia is for images up to 64 px"):
-        large.main(Arguments(), None)
+        large.main(Arguments(), None, "in224")

@@ -144,7 +144,8 @@ class Small:
     """What `step.beside` takes of a step."""
 
     def __init__(self, *_, **__):
-        weights = [torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_()]
+        image = torch.randn(128, 128, 3, 3).to(memory_format=torch.channels_last)
+        weights = [x.requires_grad_() for x in (torch.randn(4, 3), torch.randn(3), image)]
         groups = [{"params": weights, "lr": 0.4, "weight_decay": 1e-2}]
         self.optimizer = optim.LARS(groups, 0.4, 0.9, eta=0.02, clip_lr=True, exclude_bias_n_norm=True)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +29,19 @@ def package(path: Path, subject: str) -> str:
             return name
     takes = ", ".join([*named(subject), "a folder with solo-learn's package `solo` or lightly's `lightly` in it"])
     raise ConfigError(f"--peer takes {takes}; {path} is none of these")
+
+
+def release(peer: str | None) -> str:
+    """Name and version of the package in a folder, by its metadata or its git; empty where neither knows."""
+    if peer is None or not Path(peer).is_dir():
+        return ""
+    for found in distributions(path=[peer]):
+        if found.name in _NAMES.values():
+            return f"{found.name} {found.version}"
+    command = ["git", "-C", peer, "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    folder, _, revision = asked.stdout.strip().partition("\n")
+    return f"{_NAMES[package(Path(peer), '')]} {revision}" if revision and Path(folder) == Path(peer).resolve() else ""
 
 
 class Checkout:
