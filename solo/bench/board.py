@@ -168,12 +168,12 @@ def _page(rows: list[Measured], pictured: bool) -> str:
         "# Measurements",
         "",
         "Drawn by `python -m solo.bench` from `results.csv`, which also holds each row's revision, versions and command.",
-        "Ours and the peer's way are timed in turn, A B A B, in one process, but for a checkout's own code, which has a process",
-        "of its own, and for two ranks (L5, Sx), which are two; a ratio is the median over the pairs, with the least and largest",
-        "behind it. Peers are the published ways written out in `solo/bench/baselines`, or with `--peer` their own code. A ratio",
-        "meets its goal if the median does and no more than one pair is short of it by over a tenth; another unit (S3's us, the",
-        "times of Sx, Dx and L) is judged by its median alone, as are ratios from before the file held those of all pairs. S1's",
-        "goals are for `view_batching=concat`; `separate`, the default, has none.",
+        "Ours and the peer's way are timed in turn, A B A B, in one process, but for a checkout's own code, which has a",
+        "process of its own, and for two ranks (L5, Sx), which are two; a ratio is the median over the pairs, with the least",
+        "and largest behind it. Peers are the published ways written out in `solo/bench/baselines`, or with `--peer` their",
+        "own code. A ratio meets its goal if the median does and no more than one pair is short of it by over a tenth;",
+        "another unit (S3's us, the times of Sx, Dx and L) is judged by its median alone, as are ratios from before the file",
+        "held those of all pairs. S1's goals are for `view_batching=concat`; `separate`, the default, has none.",
     ]
     if pictured:
         lines += ["", "![Speed against the peer, with the range over the pairs, and the goals](ratios.png)"]
