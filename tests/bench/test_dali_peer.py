@@ -73,7 +73,7 @@ def test_a_peer_is_looked_at_before_it_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(peers.Peer, "batch", lambda self, samples: [torch.zeros(len(samples), 24, 24, 3, dtype=torch.uint8)])
     arguments = argparse.Namespace(recipe="x", peer="dali", stage="cpu", pairs=1, no_write=True)
     with pytest.raises(NumericsError, match="do not look like ours"):
-        large.main(arguments, data)
+        large.main(arguments, data, "in224")
 
 
 def test_other_peers_do_not_decode():
