@@ -78,7 +78,8 @@ class Board(pl.Callback):
 def speed(id: str, method: str, overrides: list[str], epochs: int = 3) -> list[Row]:
     """Images per second of whole epochs through `solo.run.pretrain`, the first one left out."""
     clock = EpochClock()
-    settings = [f"max_epochs={epochs}", "limit_val_batches=0", "knn.enabled=false", "checkpoint.enabled=false"]
+    settings = [f"max_epochs={epochs}", "scheduler.warmup_epochs=0", "limit_val_batches=0"]
+    settings += ["knn.enabled=false", "checkpoint.enabled=false"]
     images = _train(method, [*settings, *overrides], [clock])
     epoch = sum(clock.seconds[1:]) / (epochs - 1)
     what = f"{method}, CIFAR-10 recipe, epochs 2 to {epochs}, end to end (wall)"
@@ -89,6 +90,8 @@ def board(method: str, epochs: int, every: int, overrides: list[str]) -> list[Ro
     """A whole schedule of ``epochs``, judged by the online probe every epoch and by k-NN every ``every``; resumed if begun."""
     seen = Board()
     settings = [f"max_epochs={epochs}", f"knn.every={every}", f"name=board-{method}-{epochs}"]
+    if epochs < 20:                 # the recipes' 5 or 10 would leave little to learn in
+        settings.append(f"scheduler.warmup_epochs={epochs // 4}")
     _train(method, [*settings, *overrides], [seen])
     return seen.rows(method)
 
