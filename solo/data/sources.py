@@ -66,6 +66,12 @@ def listing(source: Source) -> str:
     return digest(len(source), source.classes, np.asarray(source.labels, dtype=np.int64).tobytes(), own)
 
 
+def encoded(source: Source, i: int) -> bytes | None:
+    """The bytes of image i, or ``None`` where the source does not hold encoded images; `BadImage` where they cannot be read."""
+    own: bytes | None = getattr(source, "encoded", lambda _: None)(i)
+    return own
+
+
 def spread(items: list[T]) -> list[T]:
     """All of them, or of many at most `_SIZED`, evenly spread."""
     return items[:: max(1, -(-len(items) // _SIZED))]

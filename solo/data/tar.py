@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from solo.console import say
-from solo.data.decoding import BadImage, decode
+from solo.data.decoding import BadImage, decode, patiently
 from solo.data.sources import digest, is_image, stamp
 from solo.errors import ConfigError
 
@@ -50,13 +50,13 @@ class TarSource:
 
     def encoded(self, i: int) -> bytes:
         """The bytes of image i; `BadImage` where they cannot be read."""
+        return patiently(lambda: self._read(i), self.path)
+
+    def _read(self, i: int) -> bytes:
         _, offset, size = self._members[i]
-        try:
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) < size:
             raise BadImage(f"the archive ends {size - len(content)} bytes before the image does")
         return content
