@@ -25,7 +25,7 @@ import numpy as np
 from solo.console import say
 from solo.data.decoding import BadImage, decode, patiently
 from solo.data.hdf5_content import BROKEN, library, members, read_image, read_number, reason, stored_size, text, vector_in
-from solo.data.sources import Source, digest, spread, stamp
+from solo.data.sources import Source, digest, printable, spread, stamp
 from solo.errors import ConfigError, DataError, SoloError
 
 MARK, COMPLETE = "solo_images", "complete"
@@ -181,7 +181,7 @@ class PackedSource(_HDF5Source):
         return content
 
     def name(self, i: int) -> str:
-        return f"{self.path}:{text(self._names[i])}"
+        return printable(f"{self.path}:{text(self._names[i])}")
 
     def listing(self) -> object:
         return digest(self._names.tobytes()), digest(self._sizes.tobytes())
@@ -217,7 +217,7 @@ class GroupedSource(_HDF5Source):
         return library().h5d.open(file.id, self._images[i])
 
     def name(self, i: int) -> str:
-        return f"{self.path}:{text(self._images[i])}"
+        return printable(f"{self.path}:{text(self._images[i])}")
 
     def listing(self) -> object:
         return self._images, [self._size(i) for i in spread(list(range(len(self))))]

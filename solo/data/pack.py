@@ -17,7 +17,7 @@ from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import COMPLETE, MARK, checksum
 from solo.data.hdf5_content import library
-from solo.data.sources import Source, encoded
+from solo.data.sources import Source, encoded, printable
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 from solo.files import replaced, sweep
 
@@ -57,7 +57,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _inner(name: str, path: Path) -> str:
     """An image's name below ``path``."""
-    return name[len(str(path)) + 1 :] if name.startswith(str(path)) else name
+    above = printable(str(path))
+    return name[len(above) + 1 :] if name.startswith(above) else name
 
 
 def pack(source: Source, path: Path, names: list[str], workers: int = 1) -> None:

@@ -54,6 +54,11 @@ def digest(*words: object) -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()[:24]
 
 
+def printable(name: str) -> str:
+    """A file's name for reports: what is not UTF-8 in it becomes ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def stamp(path: Path) -> tuple[int, int]:
     """What changes when a file does."""
     facts = path.stat()
@@ -211,8 +216,9 @@ class FolderSource:
         first = [path.split("/", 1)[0] for path in self._files]
         obstacle = _without_classes(self._files) if labelled else None
         labelled = labelled and "/" in self._files[0] and obstacle is None
-        self.classes = sorted(set(first)) if labelled else []
-        number = {name: i for i, name in enumerate(self.classes)}
+        folders = sorted(set(first)) if labelled else []
+        self.classes = [printable(name) for name in folders]
+        number = {name: i for i, name in enumerate(folders)}
         self.labels = np.array([number[name] if labelled else -1 for name in first], dtype=np.int64)
         say(f"{root}: {len(self)} images, {f'{len(self.classes)} classes' if labelled else 'without labels'}")
         if obstacle is not None:
@@ -229,7 +235,7 @@ class FolderSource:
         return decode(self.encoded(i), self._in_chans)
 
     def name(self, i: int) -> str:
-        return str(self.root / self._files[i])
+        return printable(str(self.root / self._files[i]))
 
     def fingerprint(self) -> str:
         stamps = [(file, *stamp(self.root / file)) for file in self._files]

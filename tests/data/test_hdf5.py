@@ -1,11 +1,17 @@
 """Images in one HDF5 file: packed by ours, or grouped as solo-learn's users have them."""
 
+import io
 import os
 import pickle
 import resource
 import shutil
 import signal
+import sys
 import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -15,13 +21,15 @@ import torch
 
 from solo.data import check, decoding, pack
 from solo.data.decoding import BadImage
-from solo.data.hdf5 import GroupedSource, PackedSource, open_hdf5
+from solo.data.hdf5 import GroupedSource, PackedSource, PerProcess, open_hdf5
 from solo.data.sources import FolderSource, Source, listing
 from solo.data.tar import TarSource
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from tests.attacks.sandbox import MIB, confined
 from tests.data.common import folder, full_view, make_folder, module
 from tests.data.hdf5_files import KEY, group_per_class, opened
+
+THREADS = 8
 
 
 def same_images(source: Source, other: Source) -> bool:
@@ -168,6 +176,97 @@ def test_a_fork_opens_the_file_for_itself(layout: str, images: Path, packed: Pat
     assert source.handle.get() is held and source.encoded(0) == before
     copy = pickle.loads(pickle.dumps(source))       # as a spawned worker gets it
     assert copy.handle.pid is None and copy.encoded(0) == before
+
+
+def test_a_fork_while_a_thread_opens_the_file() -> None:
+    """C16: the lock of that thread is none of the child's."""
+    begun, go, parent = threading.Event(), threading.Event(), os.getpid()
+
+    def open_file() -> io.BytesIO:
+        if os.getpid() == parent:
+            begun.set()
+            go.wait()
+        return io.BytesIO()
+
+    handle = PerProcess(open_file)
+    thread = threading.Thread(target=handle.get)
+    thread.start()
+    begun.wait()
+
+    def child() -> None:
+        signal.alarm(5)                             # seconds until it counts as stuck
+        handle.get()
+
+    end = confined(child, 1024 * MIB)
+    go.set()
+    thread.join()
+    assert end.kind == "returned", end.text
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """From one thread to another, so that they meet where they rarely do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_share_a_file_until_the_last_lets_go_of_it(packed: Path) -> None:
+    together, made = threading.Barrier(THREADS), []
+
+    def open_file() -> io.FileIO:
+        time.sleep(0.05)                            # the others come meanwhile
+        made.append(io.FileIO(packed))
+        return made[-1]
+
+    def get(_: int) -> io.FileIO:
+        together.wait()
+        return handle.get()
+
+    handle = PerProcess(open_file)
+    with ThreadPoolExecutor(THREADS) as pool:
+        files = list(pool.map(get, range(THREADS)))
+    assert len(made) == 1 and all(file is made[0] for file in files)
+    for _ in range(2):                              # the second thread that met the same error
+        handle.drop(made[0])
+        other = handle.get()
+    assert len(made) == 2 and other is made[1] and not any(file.closed for file in made)
+    for file in made:
+        file.close()
+
+
+@pytest.mark.parametrize("layout", ["packed", "groups"])
+def test_threads_that_begin_together_all_read(
+    layout: str, images: Path, packed: Path, tmp_path: Path, frequent_switches: None
+) -> None:
+    """And a file that one of them gave up is still read by the others, then closed."""
+    path = packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5")
+    source, together = opened(path), threading.Barrier(THREADS)
+    right = [source.encoded(i) for i in range(THREADS)]
+
+    def read(i: int) -> bytes:
+        together.wait()
+        if i == 0:
+            source.handle.drop(source.handle.get())
+        return source.encoded(i)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(50):
+            source = pickle.loads(pickle.dumps(source))
+            assert list(pool.map(read, range(THREADS))) == right
+    source.handle.drop(source.handle.get())
+    assert str(path) not in map(os.path.realpath, Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("layout", ["packed", "groups"])
+def test_a_healthy_file_is_packed_by_many_threads(
+    layout: str, images: Path, packed: Path, tmp_path: Path, frequent_switches: None
+) -> None:
+    path = packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5")
+    for n in range(10):
+        pack.main([str(path), str(tmp_path / f"{n}.h5")])
+    assert all(same_images(opened(tmp_path / f"{n}.h5"), opened(packed)) for n in range(10))
 
 
 def test_a_file_that_changes_under_way_stops_the_run(images: Path, packed: Path, tmp_path: Path) -> None:
