@@ -73,7 +73,6 @@ def pack(source: Source, path: Path, names: list[str], workers: int = 1) -> None
         DataError: an image's bytes cannot be read.
         EnvironmentFault: the file cannot be written.
     """
-    _content(source, 0)  # judged before anything is written
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)

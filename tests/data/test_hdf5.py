@@ -22,7 +22,8 @@ import torch
 from solo.data import check, decoding, pack
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import GroupedSource, PackedSource, PerProcess, open_hdf5
-from solo.data.sources import FolderSource, Source, listing
+from solo.data.sources import FakeSource, FolderSource, Source, listing
+from solo.data.subsets import Subset
 from solo.data.tar import TarSource
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from tests.attacks.sandbox import MIB, confined
@@ -119,6 +120,9 @@ def test_parts_and_labels(images: Path, tmp_path: Path) -> None:
     pack.main([str(tmp_path), str(tmp_path / "val.h5"), "--part", "val"])
     assert [opened(tmp_path / "val.h5").name(i).split(":")[1] for i in (0, 2)] == ["val/a/0000.png", "val/é/0000.png"]
     pack.main([str(images), str(tmp_path / "none.h5"), "--no-labels"])
+    rows = np.array([15, 2])
+    pack.pack(Subset(FolderSource(images, 3, KEY), rows), tmp_path / "some.h5", [""] * 2)
+    assert same_images(opened(tmp_path / "some.h5"), Subset(opened(tmp_path / "none.h5"), rows))
     assert opened(tmp_path / "none.h5").classes == [] and set(opened(tmp_path / "none.h5").labels) == {-1}
 
 
@@ -312,6 +316,8 @@ def test_what_cannot_be_packed(images: Path, packed: Path, tmp_path: Path) -> No
     assert "is drawn, not read from there" in told(ConfigError, images, path, "--dataset", "digits")
     assert "--workers must be at least 1" in told(ConfigError, images, path, "--workers", 0)
     assert "unrecognized arguments: --workes" in told(ConfigError, images, path, "--workes", 0)
+    with pytest.raises(ConfigError, match="image 0 is not kept encoded, so there is nothing to pack"):
+        pack.pack(Subset(FakeSource(4, 8, 2, 3, seed=1), np.arange(2)), path, [""] * 2)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in told(EnvironmentFault, images, tmp_path / "file" / "x.h5")
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
