@@ -269,11 +269,14 @@ def test_a_healthy_file_is_packed_by_many_threads(
 ) -> None:
     """On a disk so slow that all of them open the file, and read, at once."""
     path = packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5")
+    calls = []
     for place, name in ((hdf5, "stamp"), (hdf5, "read_image"), (os, "pread")):
         at_once = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *words, at_once=at_once: (time.sleep(0.003), at_once(*words))[1])
+        slow = lambda *words, of=at_once: (calls.append(of), time.sleep(0.003), of(*words))[2]      # noqa: E731
+        monkeypatch.setattr(place, name, slow)
     pack.main([str(path), str(tmp_path / "again.h5")])
     monkeypatch.undo()
+    assert calls.count(hdf5.stamp) == 3             # to know it, to read its index, and once for all threads
     assert same_images(opened(tmp_path / "again.h5"), opened(packed))
 
 
