@@ -18,6 +18,7 @@ WRONG = [
     ("main_knn.py", ["checkpoint=none.ckpt"], 2, "checkpoint=none.ckpt does not exist"),
     ("main_knn.py", ["checkpoint=RUN", "kk=3"], 2, "unknown key kk: did you mean k?"),
     ("main_knn.py", ["checkpoint=RUN", "k=[]"], 2, "k must list at least one value"),
+    ("main_knn.py", ["checkpoint=RUN", "k=[5,1000000]"], 2, "k=[1000000] is more than the"),
     ("main_knn.py", ["checkpoint=RUN", "data.dataset=cifar10"], 2, "data.train_path is missing"),
     ("main_knn.py", ["checkpoint=RUN", "data.dataset=nothing"], 2, "no 'nothing' in solo.datasets"),
     ("main_knn.py", ["checkpoint=RUN", "data.dataset=image_folder", "data.train_path=noise"], 3, "none of"),

@@ -74,8 +74,8 @@ def patiently(read: Callable[[], bytes], path: Path) -> bytes:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error
             if error.errno not in _PASSING or wait is None:
-                raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
-            time.sleep(wait)
+                raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        time.sleep(wait)  # out of the block above, so that the error keeps no file
     raise AssertionError("unreachable")
 
 

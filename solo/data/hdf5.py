@@ -12,7 +12,9 @@ Grouped, as solo-learn writes it: a group per class, in it a dataset per image.
 """
 
 import functools
+import io
 import os
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,8 @@ import numpy as np
 
 from solo.console import say
 from solo.data.decoding import BadImage, decode, patiently
-from solo.data.hdf5_content import library, members, read_image, read_number, reason, stored_size, text, vector_in
-from solo.data.sources import Source, digest, spread, stamp
+from solo.data.hdf5_content import BROKEN, library, members, read_image, read_number, reason, stored_size, text, vector_in
+from solo.data.sources import Source, digest, printable, spread, stamp
 from solo.errors import ConfigError, DataError, SoloError
 
 MARK, COMPLETE = "solo_images", "complete"
@@ -81,33 +83,42 @@ F = TypeVar("F", bound=_Closeable)
 
 
 class PerProcess(Generic[F]):
-    """A file that each process opens for itself, when it first needs it; what a fork inherits is closed before that."""
+    """A file that each process opens for itself, when it first needs it; what a fork inherits is closed before that.
+
+    All threads of a process share it. It is closed when the last of them lets go of it, so each keeps it while it reads.
+    """
 
     def __init__(self, open: Callable[[], F]) -> None:
-        self._held: tuple[int, F] | None = None
         self._open = open
+        self._held: tuple[int, F] | None = None
+        self._locks: dict[int, threading.Lock] = {}
 
     @property
     def pid(self) -> int | None:
         """The process that opened what is held."""
-        return self._held[0] if self._held else None
+        held = self._held
+        return held[0] if held else None
 
     def get(self) -> F:
-        if self._held is None or self._held[0] != os.getpid():
-            self.close()  # first: HDF5 would find the open file again, and share it with the parent
-            self._held = os.getpid(), self._open()
-        return self._held[1]
+        with self._lock():
+            if self._held is None or self._held[0] != os.getpid():
+                if self._held is not None:
+                    self._held[1].close()  # first: HDF5 would find the open file again, and share it with the parent
+                self._held = os.getpid(), self._open()
+            return self._held[1]
 
-    def close(self) -> None:
-        if self._held is not None:
-            self._held[1].close()
-            self._held = None
+    def drop(self, file: F) -> None:
+        """Open another one at the next `get`, in the place of this."""
+        with self._lock():
+            if self._held is not None and self._held[1] is file:
+                self._held = None
 
-    def __del__(self) -> None:
-        self.close()
+    def _lock(self) -> threading.Lock:
+        """This process's own: a fork may inherit one that is taken, and not the thread that would give it back."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": self._open, "_held": None}
+        return {"_open": self._open, "_held": None, "_locks": {}}
 
 
 class _HDF5Source:
@@ -125,12 +136,7 @@ class _HDF5Source:
 
     def encoded(self, i: int) -> bytes:
         """The bytes of image i; `BadImage` where they cannot be read."""
-        try:
-            return patiently(lambda: self._read(i), self.path)
-        except (BadImage, SoloError):
-            raise
-        except Exception as error:  # as above
-            raise BadImage(reason(error)) from error
+        return patiently(lambda: self._read(i), self.path)
 
     def _read(self, i: int) -> bytes:
         raise NotImplementedError
@@ -164,18 +170,18 @@ class PackedSource(_HDF5Source):
             raise ValueError("offsets, labels and names do not describe the same images")
 
     def _read(self, i: int) -> bytes:
-        size = int(self._sizes[i])
+        size, file = int(self._sizes[i]), self.handle.get()
         try:
-            content = os.pread(self.handle.get().fileno(), size, int(self._places[i]))
+            content = os.pread(file.fileno(), size, int(self._places[i]))
         except OSError:
-            self.handle.close()  # the next try opens it anew
+            self.handle.drop(file)  # the next try opens it anew
             raise
         if len(content) < size:
             raise BadImage(f"the file ends {size - len(content)} bytes before the image does")
         return content
 
     def name(self, i: int) -> str:
-        return f"{self.path}:{text(self._names[i])}"
+        return printable(f"{self.path}:{text(self._names[i])}")
 
     def listing(self) -> object:
         return digest(self._names.tobytes()), digest(self._sizes.tobytes())
@@ -196,19 +202,22 @@ class GroupedSource(_HDF5Source):
         self._images = [group + b"/" + name for group, names in zip(groups, images, strict=True) for name in names]
 
     def _read(self, i: int) -> bytes:
+        file = self.handle.get()
         try:
-            return read_image(self._dataset(i), self._known[0])
+            return read_image(self._dataset(file, i), self._known[0])
+        except BROKEN as error:
+            raise BadImage(reason(error)) from error
         except OSError as error:
-            self.handle.close()
+            self.handle.drop(file)
             if error.errno is None:  # HDF5's own
                 raise BadImage(reason(error)) from error
             raise
 
-    def _dataset(self, i: int) -> Any:
-        return library().h5d.open(self.handle.get().id, self._images[i])
+    def _dataset(self, file: Any, i: int) -> Any:
+        return library().h5d.open(file.id, self._images[i])
 
     def name(self, i: int) -> str:
-        return f"{self.path}:{text(self._images[i])}"
+        return printable(f"{self.path}:{text(self._images[i])}")
 
     def listing(self) -> object:
         return self._images, [self._size(i) for i in spread(list(range(len(self))))]
@@ -216,8 +225,9 @@ class GroupedSource(_HDF5Source):
     def _size(self, i: int) -> int:
         """Bytes as they are stored, or -1 where nobody can tell."""
         try:
-            return stored_size(self._dataset(i))
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+            file = self.handle.get()
+            return stored_size(self._dataset(file, i))
+        except (OSError, *BROKEN):
             return -1
 
 
@@ -231,9 +241,16 @@ def _opened(path: Path, known: tuple[int, int]) -> Any:
     return library().File(path, "r", locking=False)  # network disks often have no locks, and nobody writes
 
 
-def _binary(path: Path, known: tuple[int, int]) -> Any:
+class _Binary(io.FileIO):
+    """A file whose last holder need not close it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _binary(path: Path, known: tuple[int, int]) -> _Binary:
     _checked(path, known)
-    return path.open("rb", buffering=0)
+    return _Binary(path)
 
 
 def _places(offsets: np.ndarray, vectors: list[Any], limit: int) -> tuple[np.ndarray, np.ndarray]:

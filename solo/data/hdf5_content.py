@@ -14,6 +14,7 @@ from solo.errors import EnvironmentFault
 
 _SPARE = 64 << 20  # bytes that a compressed image may grow by, besides twice its size
 _CHUNKS = 10_000  # of one image
+BROKEN = (RuntimeError, ValueError, LookupError, TypeError, zlib.error)  # by HDF5 and zlib, of wrong bytes; so is OSError
 
 
 def library() -> Any:

@@ -1,10 +1,11 @@
 """``python -m solo.data.pack PATH FILE.h5``: many small files as one, with each image's bytes as they are."""
 
 import argparse
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,18 +17,12 @@ from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import COMPLETE, MARK, checksum
 from solo.data.hdf5_content import library
-from solo.data.sources import Source
+from solo.data.sources import Source, encoded, printable
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 from solo.files import replaced, sweep
 
 _VECTOR = 64 << 20  # bytes after which a vector is written
 _AT_ONCE = 1024  # images
-
-
-class EncodedImages(Source, Protocol):
-    """A `Source` whose images are encoded."""
-
-    def encoded(self, i: int) -> bytes: ...
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,9 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     source = DATASETS[dataset].open(config, arguments.part == "train")
     if source is None:
         raise ConfigError(f"{path} has no validation part of its own")
-    if not hasattr(source, "encoded"):
-        raise ConfigError(f"data.dataset={dataset} does not hold encoded images: there is nothing to pack")
-    pack(cast(EncodedImages, source), file, [_inner(source.name(i), path) for i in range(len(source))], arguments.workers)
+    pack(source, file, [_inner(source.name(i), path) for i in range(len(source))], arguments.workers)
     say(f"{file}: {len(source):,} images, {file.stat().st_size / 2**20:,.1f} MiB")
 
 
@@ -64,10 +57,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _inner(name: str, path: Path) -> str:
     """An image's name below ``path``."""
-    return name[len(str(path)) + 1 :] if name.startswith(str(path)) else name
+    above = printable(str(path))
+    return name[len(above) + 1 :] if name.startswith(above) else name
 
 
-def pack(source: EncodedImages, path: Path, names: list[str], workers: int = 1) -> None:
+def pack(source: Source, path: Path, names: list[str], workers: int = 1) -> None:
     """Write a packed file (`solo.data.hdf5`) of all images, in their order; ``path`` is there when it is whole.
 
     Args:
@@ -75,6 +69,7 @@ def pack(source: EncodedImages, path: Path, names: list[str], workers: int = 1) 
         workers: threads that read images.
 
     Raises:
+        ConfigError: the images are not encoded.
         DataError: an image's bytes cannot be read.
         EnvironmentFault: the file cannot be written.
     """
@@ -97,7 +92,7 @@ def pack(source: EncodedImages, path: Path, names: list[str], workers: int = 1) 
         raise EnvironmentFault(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
 
 
-def _write_bytes(group: Any, source: EncodedImages, workers: int) -> list[int]:
+def _write_bytes(group: Any, source: Source, workers: int) -> list[int]:
     """How many bytes each image has."""
     sizes: list[int] = []
     waiting = bytearray()
@@ -111,18 +106,21 @@ def _write_bytes(group: Any, source: EncodedImages, workers: int) -> list[int]:
     return sizes
 
 
-def _contents(source: EncodedImages, workers: int) -> Iterator[bytes]:
+def _content(source: Source, i: int) -> bytes:
+    try:
+        content = encoded(source, i)
+    except BadImage as error:
+        raise DataError(f"{source.name(i)} cannot be read, so nothing is packed: {error}") from error
+    if content is None:
+        raise ConfigError(f"image {source.name(i)} is not kept encoded, so there is nothing to pack")
+    return content
+
+
+def _contents(source: Source, workers: int) -> Iterator[bytes]:
     """The bytes of all images, in order."""
-
-    def read(i: int) -> bytes:
-        try:
-            return source.encoded(i)
-        except BadImage as error:
-            raise DataError(f"{source.name(i)} cannot be read, so nothing is packed: {error}") from error
-
     with ThreadPoolExecutor(workers) as pool:
         for first in range(0, len(source), _AT_ONCE):
-            yield from pool.map(read, range(first, min(first + _AT_ONCE, len(source))))
+            yield from pool.map(functools.partial(_content, source), range(first, min(first + _AT_ONCE, len(source))))
 
 
 if __name__ == "__main__":

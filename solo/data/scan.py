@@ -15,7 +15,7 @@ from solo.data.decoding import BadImage, decode
 from solo.data.duplicates import COLUMNS, ROWS, thumbnail
 from solo.data.engines import Job, Payload, Slot
 from solo.data.engines.workers import Workers
-from solo.data.sources import Source
+from solo.data.sources import Source, encoded
 
 _AT_ONCE = 64  # images
 _WORTH = 512  # images; fewer need no workers
@@ -111,10 +111,10 @@ class _Look(Dataset):
 
     def _load(self, i: int) -> tuple[np.ndarray, str]:
         """Pixels of image i as training sees them, and the mode of the file."""
-        if not hasattr(self._source, "encoded"):
+        content = encoded(self._source, i)
+        if content is None:
             pixels = self._source.load(i)
             return pixels, _MODES[pixels.shape[2]]
-        content = self._source.encoded(i)
         pixels = decode(content, self._in_chans)
         with Image.open(io.BytesIO(content)) as image:
             return pixels, image.mode

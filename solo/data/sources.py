@@ -54,6 +54,11 @@ def digest(*words: object) -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()[:24]
 
 
+def printable(name: str) -> str:
+    """A file's name for reports: what is not UTF-8 in it becomes ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def stamp(path: Path) -> tuple[int, int]:
     """What changes when a file does."""
     facts = path.stat()
@@ -64,6 +69,12 @@ def listing(source: Source) -> str:
     """A short name for which images a source holds: how many, their names, labels and sizes."""
     own: object = getattr(source, "listing", lambda: None)()
     return digest(len(source), source.classes, np.asarray(source.labels, dtype=np.int64).tobytes(), own)
+
+
+def encoded(source: Source, i: int) -> bytes | None:
+    """The bytes of image i, or ``None`` where the source does not hold encoded images; `BadImage` where they cannot be read."""
+    own: bytes | None = getattr(source, "encoded", lambda _: None)(i)
+    return own
 
 
 def spread(items: list[T]) -> list[T]:
@@ -205,8 +216,9 @@ class FolderSource:
         first = [path.split("/", 1)[0] for path in self._files]
         obstacle = _without_classes(self._files) if labelled else None
         labelled = labelled and "/" in self._files[0] and obstacle is None
-        self.classes = sorted(set(first)) if labelled else []
-        number = {name: i for i, name in enumerate(self.classes)}
+        folders = sorted(set(first)) if labelled else []
+        self.classes = [printable(name) for name in folders]
+        number = {name: i for i, name in enumerate(folders)}
         self.labels = np.array([number[name] if labelled else -1 for name in first], dtype=np.int64)
         say(f"{root}: {len(self)} images, {f'{len(self.classes)} classes' if labelled else 'without labels'}")
         if obstacle is not None:
@@ -223,7 +235,7 @@ class FolderSource:
         return decode(self.encoded(i), self._in_chans)
 
     def name(self, i: int) -> str:
-        return str(self.root / self._files[i])
+        return printable(str(self.root / self._files[i]))
 
     def fingerprint(self) -> str:
         stamps = [(file, *stamp(self.root / file)) for file in self._files]

@@ -7,7 +7,7 @@ import numpy as np
 from solo.data.cache import decoded
 from solo.data.decoding import BadImage
 from solo.data.random import integers
-from solo.data.sources import ArraySource, Source, digest
+from solo.data.sources import ArraySource, Source, digest, encoded
 from solo.errors import DataError
 
 _MEMORY = 4 << 30  # bytes an array of images may take
@@ -30,17 +30,12 @@ class Subset:
     def name(self, i: int) -> str:
         return self.source.name(int(self.rows[i]))
 
+    def encoded(self, i: int) -> bytes | None:
+        return encoded(self.source, int(self.rows[i]))
+
     def fingerprint(self) -> str | None:
         whole = getattr(self.source, "fingerprint", lambda: None)()
         return None if whole is None else digest(whole, self.rows.tobytes())
-
-
-def encoded(source: Source, i: int) -> bytes | None:
-    """The bytes of image i, where the source has them; `BadImage` where they cannot be read."""
-    if isinstance(source, Subset):
-        return encoded(source.source, int(source.rows[i]))
-    read = getattr(source, "encoded", None)
-    return None if read is None else read(i)
 
 
 def stratified(labels: np.ndarray, count: int, first: bool) -> np.ndarray:

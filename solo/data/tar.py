@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from solo.console import say
-from solo.data.decoding import BadImage, decode
-from solo.data.sources import digest, is_image, stamp
+from solo.data.decoding import BadImage, decode, patiently
+from solo.data.sources import digest, is_image, printable, stamp
 from solo.errors import ConfigError
 
 MAX_MEMBER = 256 << 20  # bytes
@@ -40,8 +40,9 @@ class TarSource:
         if self.ignored:
             say(f"{path}: ignored {', '.join(f'{count} {kind}' for kind, count in self.ignored.most_common())}")
         folders = [PurePosixPath(name).parent.name for name, _, _ in self._members]
-        self.classes = sorted(set(folders)) if all(folders) else []
-        number = {name: i for i, name in enumerate(self.classes)}
+        known = sorted(set(folders)) if all(folders) else []
+        self.classes = [printable(name) for name in known]
+        number = {name: i for i, name in enumerate(known)}
         self.labels = np.array([number.get(folder, -1) for folder in folders], dtype=np.int64)
         say(f"{path}: {len(self)} images, {f'{len(self.classes)} classes' if self.classes else 'without labels'}")
 
@@ -50,13 +51,13 @@ class TarSource:
 
     def encoded(self, i: int) -> bytes:
         """The bytes of image i; `BadImage` where they cannot be read."""
+        return patiently(lambda: self._read(i), self.path)
+
+    def _read(self, i: int) -> bytes:
         _, offset, size = self._members[i]
-        try:
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) < size:
             raise BadImage(f"the archive ends {size - len(content)} bytes before the image does")
         return content
@@ -65,7 +66,7 @@ class TarSource:
         return decode(self.encoded(i), self._in_chans)
 
     def name(self, i: int) -> str:
-        return f"{self.path}:{self._members[i][0]}"
+        return printable(f"{self.path}:{self._members[i][0]}")
 
     def fingerprint(self) -> str:
         return digest(str(self.path.resolve()), stamp(self.path), len(self), self._members[0], self._in_chans)

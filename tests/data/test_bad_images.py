@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import os
+import tarfile
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,11 @@ import torch
 from PIL import Image
 
 from solo.data import bad as bad_file
-from solo.data import decoding
+from solo.data import check, decoding, pack
 from solo.data.decoding import BadImage, decode
+from solo.data.hdf5 import open_hdf5
+from solo.data.sources import FolderSource
+from solo.data.tar import TarSource
 from solo.errors import DataError, EnvironmentFault
 from solo.testing import run_ranks
 from tests.data.common import KINDS, broken, encoded, folder, full_view, make_folder, module, picture
@@ -124,6 +129,27 @@ def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, t
         data.report_dir = tmp_path / "run"
         list(data.train_dataloader())
         assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
+
+
+def test_a_name_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
+    """Of a class too."""
+    paths = make_folder(tmp_path / "images", {"a": 3, "b": 5})
+    paths[0].write_bytes(b"cut")
+    paths[0].rename(paths[0].with_name(os.fsdecode(b"caf\xe9.png")))
+    paths[0].parent.rename(paths[0].parent.with_name(os.fsdecode(b"\xe9")))
+    told = str(tmp_path / "images" / "\\xe9" / "caf\\xe9.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "images", "train")
+    pack.pack(source := FolderSource(tmp_path / "images", 3, "key"), tmp_path / "x.h5", [source.name(i) for i in range(8)])
+    tar = TarSource(tmp_path / "x.tar", "", 3, "key")
+    assert tar.classes == source.classes == open_hdf5(tmp_path / "x.h5", 3, "key").classes == ["b", "\\xe9"]
+    assert tar.name(5) == f"{tmp_path / 'x.tar'}:train/\\xe9/0001.png" and source.labels.tolist() == [0] * 5 + [1] * 3
+    data = folder(tmp_path / "images", num_workers=0, max_bad_fraction=0.2, engine="torchvision")
+    data.report_dir = tmp_path / "run"
+    list(data.train_dataloader())
+    assert listing(tmp_path / "run") == [told]
+    check.main([str(tmp_path / "images"), "--json", str(tmp_path / "x.json")])
+    assert json.dumps(told) in (tmp_path / "x.json").read_text("utf-8")
 
 
 @pytest.mark.parametrize("engine", ["fast", "torchvision"])

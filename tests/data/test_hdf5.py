@@ -1,70 +1,36 @@
 """Images in one HDF5 file: packed by ours, or grouped as solo-learn's users have them."""
 
+import io
 import os
 import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from solo.data import check, decoding, hdf5, pack
 from solo.data.decoding import BadImage
-from solo.data.hdf5 import GroupedSource, PackedSource, open_hdf5
-from solo.data.sources import FolderSource, Source, listing
+from solo.data.hdf5 import GroupedSource, PackedSource, PerProcess, open_hdf5
+from solo.data.sources import FakeSource, FolderSource, Source, listing
+from solo.data.subsets import Subset
 from solo.data.tar import TarSource
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from tests.attacks.sandbox import MIB, confined
-from tests.data.common import broken, folder, full_view, make_folder, module, picture
+from tests.data.common import folder, full_view, make_folder, module
+from tests.data.hdf5_files import KEY, group_per_class, opened
 
-KEY = "data.train_path"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of PNG and JPEG files of one size, and one that is broken."""
-    root = tmp_path_factory.mktemp("images")
-    make_folder(root, {"b": 7, "a": 5, "é": 4})
-    for i in range(7):
-        Image.fromarray(picture(50 + i, 20, 24)).save(root / "a" / f"{i}.jpg")
-    (root / "b" / "0003.png").write_bytes(broken("truncated"))
-    return root
-
-
-@pytest.fixture(scope="module")
-def packed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("packed") / "images.h5"
-    pack.main([str(images), str(path)])
-    return path
-
-
-def group_per_class(images: Path, path: Path, **options: object) -> Path:
-    """As solo-learn's users write it."""
-    with h5py.File(path, "w") as file:
-        for image in sorted(images.rglob("*.*")):
-            content = np.frombuffer(image.read_bytes(), np.uint8)
-            file.create_dataset(image.relative_to(images).as_posix(), data=content, **options)
-    return path
-
-
-def opened(path: Path) -> Source:
-    return open_hdf5(path, 3, KEY)
-
-
-def refused(path: Path, error: type[Exception] = DataError) -> str:
-    with pytest.raises(error) as caught:
-        opened(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    return str(caught.value)
+THREADS = 8
 
 
 def same_images(source: Source, other: Source) -> bool:
@@ -154,6 +120,9 @@ def test_parts_and_labels(images: Path, tmp_path: Path) -> None:
     pack.main([str(tmp_path), str(tmp_path / "val.h5"), "--part", "val"])
     assert [opened(tmp_path / "val.h5").name(i).split(":")[1] for i in (0, 2)] == ["val/a/0000.png", "val/é/0000.png"]
     pack.main([str(images), str(tmp_path / "none.h5"), "--no-labels"])
+    source = FolderSource(images, 3, KEY)
+    pack.pack(Subset(source, np.array([15, 2])), tmp_path / "some.h5", [""] * 2)
+    assert [opened(tmp_path / "some.h5").encoded(i) for i in range(2)] == [source.encoded(15), source.encoded(2)]
     assert opened(tmp_path / "none.h5").classes == [] and set(opened(tmp_path / "none.h5").labels) == {-1}
 
 
@@ -213,6 +182,104 @@ def test_a_fork_opens_the_file_for_itself(layout: str, images: Path, packed: Pat
     assert copy.handle.pid is None and copy.encoded(0) == before
 
 
+def test_a_fork_while_a_thread_opens_the_file() -> None:
+    """C16: the lock of that thread is none of the child's."""
+    begun, go, parent = threading.Event(), threading.Event(), os.getpid()
+
+    def open_file() -> io.BytesIO:
+        if os.getpid() == parent:
+            begun.set()
+            go.wait()
+        return io.BytesIO()
+
+    handle = PerProcess(open_file)
+    thread = threading.Thread(target=handle.get)
+    thread.start()
+    begun.wait()
+
+    def child() -> None:
+        signal.alarm(5)                             # seconds until it counts as stuck
+        handle.get()
+
+    end = confined(child, 1024 * MIB)
+    go.set()
+    thread.join()
+    assert end.kind == "returned", end.text
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """From one thread to another, so that they meet where they rarely do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_share_a_file_until_the_last_lets_go_of_it(packed: Path) -> None:
+    together, made = threading.Barrier(THREADS), []
+
+    def open_file() -> io.FileIO:
+        time.sleep(0.05)                            # the others come meanwhile
+        made.append(io.FileIO(packed))
+        return made[-1]
+
+    def get(_: int) -> io.FileIO:
+        together.wait()
+        return handle.get()
+
+    handle = PerProcess(open_file)
+    with ThreadPoolExecutor(THREADS) as pool:
+        files = list(pool.map(get, range(THREADS)))
+    assert len(made) == 1 and all(file is made[0] for file in files)
+    for _ in range(2):                              # the second thread that met the same error
+        handle.drop(made[0])
+        other = handle.get()
+    assert len(made) == 2 and other is made[1] and not any(file.closed for file in made)
+    for file in made:
+        file.close()
+
+
+@pytest.mark.parametrize("layout", ["packed", "groups"])
+def test_threads_that_begin_together_all_read(
+    layout: str, images: Path, packed: Path, tmp_path: Path, frequent_switches: None
+) -> None:
+    """And a file that one of them gave up is still read by the others, then closed."""
+    path = packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5")
+    source, together = opened(path), threading.Barrier(THREADS)
+    right = [source.encoded(i) for i in range(THREADS)]
+
+    def read(i: int) -> bytes:
+        together.wait()
+        if i == 0:
+            source.handle.drop(source.handle.get())
+        return source.encoded(i)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(50):
+            source = pickle.loads(pickle.dumps(source))
+            assert list(pool.map(read, range(THREADS))) == right
+    source.handle.drop(source.handle.get())
+    assert str(path) not in map(os.path.realpath, Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("layout", ["packed", "groups"])
+def test_a_healthy_file_is_packed_by_many_threads(
+    layout: str, images: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk so slow that all of them open the file, and read, at once."""
+    path = packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5")
+    calls = []
+    for place, name in ((hdf5, "stamp"), (hdf5, "read_image"), (os, "pread")):
+        at_once = getattr(place, name)
+        slow = lambda *words, of=at_once: (calls.append(of), time.sleep(0.003), of(*words))[2]      # noqa: E731
+        monkeypatch.setattr(place, name, slow)
+    pack.main([str(path), str(tmp_path / "again.h5")])
+    monkeypatch.undo()
+    assert calls.count(hdf5.stamp) == 3             # to know it, to read its index, and once for all threads
+    assert same_images(opened(tmp_path / "again.h5"), opened(packed))
+
+
 def test_a_file_that_changes_under_way_stops_the_run(images: Path, packed: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     shutil.copy(packed, path)
@@ -239,100 +306,6 @@ def test_an_error_that_passes_is_tried_again(packed: Path, monkeypatch: pytest.M
         source.encoded(3)
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is not a file" in refused(tmp_path, ConfigError) and "is not a file" in refused(tmp_path / "x.h5", ConfigError)
-    (tmp_path / "x.h5").write_bytes(b"")
-    assert "is no HDF5 file" in refused(tmp_path / "x.h5", ConfigError)
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["images"] = np.zeros((3, 8, 8, 3), np.uint8)
-    assert "images is no group of images" in refused(tmp_path / "x.h5", ConfigError)
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file.create_group("a")
-    assert "holds no images" in refused(tmp_path / "x.h5", ConfigError)
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["a/x"] = np.zeros((3, 8, 8, 3), np.uint8)
-    with pytest.raises(DataError, match="none of 8 images tried can be read.*x.h5:a/x: neither a vector of uint8"):
-        module(1, dataset="hdf5", train_path=str(tmp_path / "x.h5"))
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    assert "pip install 'solo-ssl[h5]'" in str(pytest.raises(EnvironmentFault, opened, tmp_path / "x.h5").value)
-    assert "data.train_path is missing" in str(pytest.raises(ConfigError, module, dataset="hdf5").value)
-
-
-@pytest.mark.parametrize("layout", ["packed", "groups"])
-def test_a_cut_file(layout: str, images: Path, packed: Path, tmp_path: Path) -> None:
-    whole = packed if layout == "packed" else group_per_class(images, tmp_path / "y.h5")
-    size = whole.stat().st_size
-    for end in (size - 1, size // 2, 100):
-        (tmp_path / "x.h5").write_bytes(whole.read_bytes()[:end])
-        assert f"ends at byte {end} of {size}" in refused(tmp_path / "x.h5")
-
-
-def test_what_is_cut_later_is_a_bad_image(packed: Path, tmp_path: Path) -> None:
-    shutil.copy(packed, tmp_path / "x.h5")
-    source = opened(tmp_path / "x.h5")
-    assert source.encoded(0)
-    os.truncate(tmp_path / "x.h5", int(source._places[5]) + 10)
-    assert source.encoded(4)
-    with pytest.raises(BadImage, match=f"the file ends {len(opened(packed).encoded(5)) - 10} bytes before the image does"):
-        source.encoded(5)
-
-
-def altered(packed: Path, path: Path, change: Callable[[h5py.File], object], seal: bool = False) -> Path:
-    """A packed file in which something was changed, under a checksum that is right again if ``seal``."""
-    shutil.copy(packed, path)
-    with h5py.File(path, "r+") as file:
-        change(file)
-        if seal:
-            file.attrs["complete"] = hdf5.checksum(**{name: file[name][()] for name in hdf5.ARRAYS})
-    return path
-
-
-def put(name: str, value: object) -> Callable[[h5py.File], None]:
-    def change(file: h5py.File) -> None:
-        del file[name]
-        file[name] = value
-
-    return change
-
-
-def test_an_index_that_is_wrong(packed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "x.h5"
-    with h5py.File(packed) as file:
-        offsets, labels, first = file["offsets"][()], file["labels"][()], file["bytes/000000"][()]
-    assert "incomplete" in refused(altered(packed, path, lambda file: file.attrs.__delitem__("complete")))
-    assert "newer version" in refused(altered(packed, path, lambda file: file.attrs.__setitem__("solo_images", 2)))
-    for name, value in (("labels", labels[::-1]), ("offsets", offsets + 1), ("classes", np.array([b"x"] * 3))):
-        assert "checksum" in refused(altered(packed, path, put(name, value))), name
-    backwards = offsets.copy()
-    backwards[3] = backwards[1] - 1
-    for wrong in (offsets + 1, offsets[:-1], backwards, offsets.astype(np.uint64) - (offsets > 0).astype(np.uint64) * 9000):
-        assert "do not describe" in refused(altered(packed, path, put("offsets", wrong), seal=True)), wrong
-    assert "same images" in refused(altered(packed, path, put("labels", labels[1:]), seal=True))
-
-    def halves(file: h5py.File) -> None:
-        del file["bytes/000000"]
-        file["bytes/0"], file["bytes/1"] = first[: offsets[3] + 1], first[offsets[3] + 1 :]
-
-    assert "in two" in refused(altered(packed, path, halves))
-    with pytest.raises(ConfigError, match="labels lie outside 0..2"):
-        module(1, dataset="hdf5", train_path=str(altered(packed, path, put("labels", labels + 1), seal=True)))
-
-
-def test_a_bad_dataset_among_good_ones_is_a_bad_image(images: Path, tmp_path: Path) -> None:
-    path = group_per_class(images, tmp_path / "x.h5")
-    with h5py.File(path, "r+") as file:
-        for name in ("a/0.jpg", "b/0002.png", "b/0005.png"):
-            del file[name]
-        file["a/0.jpg"], file["b/0002.png"] = "text", np.zeros((3, 3))
-        file.create_group("b/0005.png")
-    data = module(dataset="hdf5", train_path=str(path), max_bad_fraction=0.3, num_workers=0, engine="torchvision")
-    assert [len(batch.index) for batch in data.clean_loader(train=True)] == [7, 6, 6]
-    assert [name.split(":")[1] for name in data.bad.names] == ["a/0.jpg", "b/0002.png", "b/0003.png", "b/0005.png"]
-
-
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +323,8 @@ def test_what_cannot_be_packed(images: Path, packed: Path, tmp_path: Path) -> No
     assert "is drawn, not read from there" in told(ConfigError, images, path, "--dataset", "digits")
     assert "--workers must be at least 1" in told(ConfigError, images, path, "--workers", 0)
     assert "unrecognized arguments: --workes" in told(ConfigError, images, path, "--workes", 0)
+    with pytest.raises(ConfigError, match="image 0 is not kept encoded, so there is nothing to pack"):
+        pack.pack(Subset(FakeSource(4, 8, 2, 3, seed=1), np.arange(2)), path, [""] * 2)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in told(EnvironmentFault, images, tmp_path / "file" / "x.h5")
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
@@ -385,43 +360,3 @@ def test_a_full_disk_is_an_environment_fault(images: Path, tmp_path: Path) -> No
     end = confined(full, 1024 * MIB)
     assert (end.kind, end.code) == ("refused", 5) and "x.h5 cannot be written: " in end.text, end
     assert not list(tmp_path.iterdir())
-
-
-# --- foreign code -----------------------------------------------------------------------------------------------------
-
-
-def test_no_plugin_is_loaded(images: Path, tmp_path: Path) -> None:
-    """A filter's library that touches a file when loaded: HDF5 alone loads it, this library does not."""
-    compiler = shutil.which("cc") or pytest.skip("no C compiler")
-    ran, path = tmp_path / "RAN", tmp_path / "x.h5"
-    (tmp_path / "x.c").write_text(f"""#include <fcntl.h>
-__attribute__((constructor)) static void run(void) {{ open("{ran}", O_CREAT | O_WRONLY, 0600); }}
-int H5PLget_plugin_type(void) {{ return 0; }}
-const void *H5PLget_plugin_info(void) {{ return 0; }}
-""")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libx.so", tmp_path / "x.c"], check=True)
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_chunk((4,))
-    properties.set_filter(32123, h5py.h5z.FLAG_OPTIONAL)
-    with h5py.File(path, "w") as file:
-        space = h5py.h5s.create_simple((4,))
-        made = h5py.h5d.create(file.create_group("a").id, b"0", h5py.h5t.NATIVE_UINT8, space, properties)
-        made.write_direct_chunk((0,), b"1234")
-
-    def plainly() -> None:
-        h5py.h5pl.append(str(tmp_path).encode())
-        try:
-            h5py.File(path)["a/0"][()]
-        except OSError:
-            pass
-
-    def ours() -> None:
-        h5py.h5pl.append(str(tmp_path).encode())
-        with pytest.raises(BadImage, match="filtered by HDF5's number 32123: only gzip and shuffle are read"):
-            opened(path).load(0)
-        assert h5py.h5pl.size() == 0
-
-    end = confined(ours, 1024 * MIB)
-    assert end.kind == "returned" and not ran.exists(), end.text
-    confined(plainly, 1024 * MIB)
-    assert ran.exists()

@@ -1,5 +1,6 @@
 """Images in a tar file, whatever else somebody put there."""
 
+import errno
 import io
 import tarfile
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from solo.data import decoding
 from solo.data.config import DataConfig
 from solo.data.decoding import BadImage
 from solo.data.module import DataModule
@@ -71,6 +73,25 @@ def test_a_cut_archive_loses_what_is_cut(tmp_path: Path) -> None:
         except BadImage as error:
             assert "the archive ends" in str(error)
     assert readable == ["train/a/0.png", "train/b/0.png", "train/b/1.png"]
+
+
+def test_an_error_that_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C5."""
+    source = TarSource(pack(tmp_path / "x.tar", NAMES), "", 3, "data.train_path")
+    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    opened, fails = Path.open, [OSError(errno.EIO, "EIO"), OSError(errno.ESTALE, "ESTALE")]
+
+    def flaky(path: Path, mode: str) -> io.IOBase:
+        if fails:
+            raise fails.pop()
+        return opened(path, mode)
+
+    monkeypatch.setattr(Path, "open", flaky)
+    assert source.encoded(0) == png(1) and not fails
+    fails[:] = [OSError(errno.EIO, "no luck")] * 4
+    with pytest.raises(BadImage, match="OSError: no luck"):
+        source.encoded(0)
+    assert not fails
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive at all", None])

@@ -36,6 +36,19 @@ def test_knn_grid_is_recorded(tmp_path, capsys):
     assert rows[1]["acc1"] == knn_accuracy(*bank, *queries, 3, k=20)["acc1"]
 
 
+def test_more_neighbours_than_images_that_vote(tmp_path, caplog, monkeypatch):
+    run = make_run(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError) as caught:
+        patch.setattr("solo.eval.offline.extract", None)        # before any work
+        evaluate_knn({"checkpoint": str(run), "k": [96, 97, 500], "device": "cpu"})
+    assert str(caught.value) == "k=[97, 500] is more than the 96 labelled training images that vote: use at most 96"
+    with caplog.at_level("INFO", logger="solo"):
+        rows = evaluate_knn({"checkpoint": str(run), "distance": ["euclidean"], "device": "cpu"})
+    assert [row["k"] for row in rows] == [1, 5, 10, 20, 50]
+    assert caplog.messages.count("k=[100, 200] left out of the grid: only 96 labelled training images vote") == 1
+    assert json.loads((run / "results.json").read_text())["knn"]["config"]["k"] == [1, 5, 10, 20, 50]
+
+
 def test_foreign_checkpoint_must_be_told_its_images(tmp_path):
     backbone = export.load_backbone(make_run(tmp_path / "run"))
     path = tmp_path / "foreign.ckpt"

@@ -9,8 +9,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from solo.data.engines import Job
-from solo.data.sources import ArraySource
-from solo.data.subsets import encoded
+from solo.data.sources import ArraySource, encoded
 from solo.data.views import LOG_RATIO, SIGMA, SOLARIZE_THRESHOLD, View
 from solo.errors import ConfigError
 

@@ -27,7 +27,7 @@ from solo.data.engines.ahead import ahead
 from solo.data.engines.workers import worker_count
 from solo.data.jpeg import jpeg_size
 from solo.data.random import Draws
-from solo.data.subsets import encoded
+from solo.data.sources import encoded
 from solo.data.views import View, sample
 from solo.errors import ConfigError, EnvironmentFault
 
