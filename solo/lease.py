@@ -61,11 +61,25 @@ def still_own(folder: Path) -> None:
     try:
         owner = os.readlink(lease)
     except FileNotFoundError:
-        owner = "given back"
+        if not folder.exists() and _made_anew(lease, own):
+            return
+        owner = _owner(lease) or "given back"
     except OSError:                     # a file system that does not answer says nothing of owners
         return
     if owner != own:
         raise Taken(errno.EPERM, f"another job took {folder} over while this one stood still (its lease: {owner})")
+
+
+def _made_anew(lease: Path, own: str) -> bool:
+    """A lease that went away together with its folder: nobody's, unless another job is the first to come back."""
+    try:
+        lease.parent.mkdir(parents=True, exist_ok=True)
+        lease.symlink_to(own)
+    except FileExistsError:
+        return False
+    except OSError:                     # what is written next fails as well, and says why
+        return True
+    return True
 
 
 def _lease(folder: Path) -> Path:

@@ -122,6 +122,21 @@ def test_a_job_that_wakes_up_after_it_was_taken_over_leaves_without_writing(tmp_
     assert listed(tmp_path) == woken.there
 
 
+def test_a_folder_that_vanished_with_its_lease_was_taken_by_nobody(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with owning(folder):
+        folder.mkdir()
+        shutil.rmtree(folder.parent)
+        lease.still_own(folder)
+        assert os.readlink(link(folder)) == own()
+        shutil.rmtree(folder.parent)
+        link(folder).parent.mkdir()
+        link(folder).symlink_to("elsewhere-7")          # another job was the first to come back
+        with pytest.raises(lease.Taken, match="its lease: elsewhere-7"):
+            lease.still_own(folder)
+    assert os.readlink(link(folder)) == "elsewhere-7"
+
+
 def test_an_answer_that_does_not_come_takes_nothing(tmp_path, monkeypatch):
     def fails(path):
         raise OSError(116, "ESTALE")

@@ -45,10 +45,11 @@ def whole(tmp_path_factory):
     return result.run_dir, checkpoint.read(result.checkpoint)
 
 
-def test_a_folder_that_is_removed_is_made_anew(whole, tmp_path):
+@pytest.mark.parametrize("lost", ["the run's", "that of all runs"])
+def test_a_folder_that_is_removed_is_made_anew(whole, tmp_path, lost):
     config = experiment(content(tmp_path))
     run_dir = config.run_dir(8)
-    result = pretrain(config, [At(3, lambda: shutil.rmtree(run_dir))])
+    result = pretrain(config, [At(3, lambda: shutil.rmtree(run_dir if lost == "the run's" else run_dir.parent))])
     assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
 
 
