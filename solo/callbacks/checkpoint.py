@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class CheckpointConfig:
     whatever it takes.
     ``stall``: the share of the time that saves in the middle of an epoch may take; they are rarer where they took more.
     The end of the run and the signals that end or preempt a job always save.
-    ``fallback``: folder for the last state of a run whose own cannot be written; empty: below the system's temporary one.
+    ``fallback``: folder for the last state of a run whose own cannot be written, tried before the run; empty: one of the
+    user's own in the system's temporary one.
     """
 
     enabled: bool = True
@@ -132,10 +134,10 @@ class Checkpointer(SignalGuard, Checkpoint):
             return problem
         try:
             if trainer.is_global_zero:
-                store.prune(self.folder)
                 write_link(self.run_dir / "last.ckpt", Path("checkpoints") / path.name)
-        except OSError as error:
-            return error
+                store.prune(self.folder)
+        except OSError as error:                # the next save, or the next start, tidies up
+            warn(f"{path} is saved, but tidying up behind it failed: {error.strerror or error}")
         return None
 
     def _store(self, trainer: pl.Trainer, path: Path, keep: bool = False) -> OSError | None:
@@ -151,7 +153,7 @@ class Checkpointer(SignalGuard, Checkpoint):
         folder = Path(self.config.fallback or f"{tempfile.gettempdir()}/solo-{os.getuid()}") / self.run_dir.name
         problem: OSError | None = None
         try:
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not self.config.fallback:
                 own_folder(folder.parent)
         except OSError as error:
             problem = error
@@ -159,16 +161,19 @@ class Checkpointer(SignalGuard, Checkpoint):
             problem = self._store(trainer, folder / name)
         if problem:
             return f"{folder} cannot be written either: {problem.strerror or problem}"
-        return f"this step is saved in {folder}: go on with resume={folder}"
+        return f"this step is saved elsewhere: go on with resume={folder / name}"
 
     def _reason(self, problem: OSError | None) -> str:
         if problem is None:
             return "rank 0 says why"
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return str(problem.strerror)
-        needed = max((path.stat().st_size for path in self.folder.glob("*.ckpt")), default=0)
-        free = shutil.disk_usage(self.folder).free
-        return f"{problem.strerror} (the last one has {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free)"
+        with suppress(OSError):
+            needed = max((path.stat().st_size for path in self.folder.glob("*.ckpt")), default=0)
+            there = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+            free = shutil.disk_usage(there).free
+            return f"{problem.strerror} (the last one has {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free)"
+        return str(problem.strerror)
 
     def kept(self) -> str:
         if not self.config.enabled:
