@@ -31,7 +31,8 @@ LEAST = 60.0        # seconds that a share of an epoch waits for: short epochs w
 class CheckpointConfig:
     """When to save.
 
-    ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay.
+    ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay. Of saves in the
+    middle of an epoch the newest two stay as well.
     ``minutes``, ``epoch_share``: also in the middle of an epoch, once this much time has passed, or this share of an epoch
     been trained and a minute passed, since the last save, so that no fault costs more; 0 minutes: after every step,
     whatever it takes.
