@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +134,17 @@ class Checkpointer(SignalGuard, Checkpoint):
     def _write(self, trainer: pl.Trainer, path: Path, keep: bool) -> OSError | None:
         if problem := self._store(trainer, path, keep):
             return problem
-        try:
-            if trainer.is_global_zero:
-                write_link(self.run_dir / "last.ckpt", Path("checkpoints") / path.name)
-                store.prune(self.folder)
-        except OSError as error:                # the next save, or the next start, tidies up
-            warn(f"{path} is saved, but tidying up behind it failed: {error.strerror or error}")
+        if trainer.is_global_zero:
+            self._tidy(path, lambda: store.prune(self.folder))
+            self._tidy(path, lambda: write_link(self.run_dir / "last.ckpt", Path("checkpoints") / path.name))
         return None
+
+    def _tidy(self, path: Path, act: Callable[[], None]) -> None:
+        """After a save that is whole; the next save, or the next start, makes up for it."""
+        try:
+            act()
+        except OSError as error:
+            warn(f"{path} is saved, but tidying up behind it failed: {error.strerror or error}")
 
     def _store(self, trainer: pl.Trainer, path: Path, keep: bool = False) -> OSError | None:
         try:
