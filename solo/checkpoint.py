@@ -31,21 +31,23 @@ FORMAT = 1      # of what a checkpoint holds; a change that an older version cou
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One checkpoint of a manifest; ``keep`` exempts it from pruning."""
+    """One checkpoint of a manifest; ``keep`` exempts it from pruning, ``epoch_end`` says that its epoch was complete."""
 
     file: str
     sha256: str
     step: int
     epoch: int
     keep: bool = False
+    epoch_end: bool = False
 
     def __post_init__(self) -> None:
         """A manifest is a file like any other: what it names is opened and removed, so it must lie beside it."""
         text = isinstance(self.file, str) and isinstance(self.sha256, str)
         if not text or not re.fullmatch(r"[^./\\\0][^/\\\0]*", self.file) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"it names {self.file!r}, which is no file beside it, or no SHA-256")
-        if type(self.step) is not int or type(self.epoch) is not int or type(self.keep) is not bool:
-            raise ValueError(f"step, epoch or keep of {self.file} is of another type")
+        kinds = (type(self.step), type(self.epoch), type(self.keep), type(self.epoch_end))
+        if kinds != (int, int, bool, bool):
+            raise ValueError(f"step, epoch, keep or epoch_end of {self.file} is of another type")
 
 
 def manifest(folder: str | Path) -> list[Entry]:
@@ -72,7 +74,7 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
     """Write a checkpoint and enter it in its folder's manifest.
 
     Args:
-        checkpoint: tensors and plain values; ``global_step`` and ``epoch`` go to the manifest.
+        checkpoint: tensors and plain values; ``global_step``, ``epoch`` and whether it ends one go to the manifest.
         path: the file.
         keep: never prune it.
 
@@ -88,8 +90,28 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
             f"first {broken[0]}; the last good checkpoint stays"
         )
     sha256 = write_file(path, lambda file: _serialise(checkpoint, file))
-    entry = Entry(file=path.name, sha256=sha256, step=int(checkpoint["global_step"]), epoch=int(checkpoint["epoch"]), keep=keep)
-    _write_manifest(path.parent, [other for other in manifest(path.parent) if other.file != path.name] + [entry])
+    entry = _entry(path, sha256, checkpoint, keep)
+    _write_manifest(path.parent, [other for other in _others(path.parent) if other.file != path.name] + [entry])
+
+
+def _entry(path: Path, sha256: str, checkpoint: Mapping[str, Any], keep: bool) -> Entry:
+    loops = checkpoint.get("loops") or {}
+    epochs = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    ended = bool(epochs) and epochs.get("processed") == epochs.get("started")
+    step, epoch = int(checkpoint["global_step"]), int(checkpoint["epoch"])
+    return Entry(file=path.name, sha256=sha256, step=step, epoch=epoch, keep=keep, epoch_end=ended)
+
+
+def _others(folder: Path) -> list[Entry]:
+    """What a manifest names; of one that was garbled while its run went on, what can be read stands in for it."""
+    try:
+        return manifest(folder)
+    except ConfigError as error:
+        log.warning("%s; it is made anew", error)
+    try:
+        return survey(folder).valid
+    except ConfigError:
+        return []
 
 
 def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -111,11 +133,16 @@ def _serialise(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def prune(folder: str | Path, newest: int = 2) -> None:
-    """Remove all but the newest ones and those to keep; the manifest forgets them first."""
+    """Remove all but those to keep, the newest at ends of epochs and the newest in the middle of one.
+
+    The manifest forgets them first. The two kinds do not push each other out: saves in the middle of an epoch follow one
+    another sooner than a loss that jumps or features that collapse are noticed.
+    """
     folder = Path(folder)
     entries = manifest(folder)
     there = [entry for entry in entries if (folder / entry.file).is_file()]
-    dropped = [entry for entry in there[:-newest] if not entry.keep]
+    kinds = ([entry for entry in there if entry.epoch_end == kind] for kind in (True, False))
+    dropped = [entry for kind in kinds for entry in kind[:-newest] if not entry.keep]
     if dropped:
         _write_manifest(folder, [entry for entry in entries if entry not in dropped])
         for entry in dropped:
@@ -160,8 +187,7 @@ def survey(folder: str | Path) -> Survey:
             except ConfigError as error:
                 damaged[path.name] = str(error)
             else:
-                step, epoch = int(content["global_step"]), int(content["epoch"])
-                valid.append(Entry(file=path.name, sha256=digest(path), step=step, epoch=epoch, keep=True))
+                valid.append(_entry(path, digest(path), content, keep=True))
     if damaged and not valid:
         lines = [*damaged.values(), f"no valid checkpoint is left in {folder}: start anew with resume=never"]
         raise ConfigError("\n".join(lines))

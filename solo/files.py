@@ -72,6 +72,18 @@ def own_folder(folder: Path) -> None:
         raise PermissionError(f"others may write to {folder}")
 
 
+def try_folder(folder: Path) -> None:
+    """Make a folder, and see whether a file can be written there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
@@ -83,8 +95,9 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if found := _TEMPORARY.fullmatch(path.name):
             here = found["host"] == HOST
-            if not alive(int(found["pid"])) if here else time.time() - path.lstat().st_mtime > _FORGOTTEN:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):       # others sweep as well
+                if not alive(int(found["pid"])) if here else time.time() - path.lstat().st_mtime > _FORGOTTEN:
+                    path.unlink()
 
 
 def alive(pid: int) -> bool:

@@ -59,7 +59,8 @@ def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]
 class Spared(Logger):
     """A logger whose failures cost lines of a log and never the run: a server that is down, a disk that is full.
 
-    After a failure that took a while, it is left alone for `REST` times as long.
+    After a failure that took a while, it is left alone for `REST` times as long, but not at the end; how many calls that
+    lost is said when it works again.
 
     Args:
         title: how warnings call it.
@@ -71,52 +72,60 @@ class Spared(Logger):
         self._title, self._make = title, make
         self._made: Logger | None = None
         self._lost, self._said, self._resting_until = 0, -AGAIN, -math.inf
-        self._try(lambda made: None)
+        self._failing: set[str] = set()         # calls that failed and have not worked since
+        self._warned = False                    # of these
+        self._try("start", lambda made: None)
 
-    def _try(self, act: Callable[[Logger], Any]) -> Any:
+    def _try(self, what: str, act: Callable[[Logger], Any], rests: bool = True) -> Any:
         begun = time.monotonic()
-        if begun < self._resting_until:
+        if rests and begun < self._resting_until:
             self._lost += 1
             return None
         try:
             if self._made is None:
                 self._made = self._make()
-            return act(self._made)
+            found = act(self._made)
         except Exception as error:      # each server and file system has its own
             self._lost += 1
+            self._failing.add("start" if self._made is None else what)
             now = time.monotonic()
             self._resting_until = now + REST * (now - begun)
             if now - self._said >= AGAIN:
-                self._said = now
+                self._said, self._warned = now, True
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
             return None
+        if self._warned and self._failing & {"start", what}:
+            log.warning("logger %s works again: %d calls were lost", self._title, self._lost)
+            self._lost, self._warned = 0, False
+            self._failing.clear()
+        return found
 
     @property
     def name(self) -> str | None:
-        return self._try(lambda made: made.name)
+        return self._try("name", lambda made: made.name)
 
     @property
     def version(self) -> int | str | None:
-        return self._try(lambda made: made.version)
+        return self._try("version", lambda made: made.version)
 
     @property
     def save_dir(self) -> str | None:
-        return self._try(lambda made: made.save_dir)
+        return self._try("save_dir", lambda made: made.save_dir)
 
     @property
     def experiment(self) -> Any:
         """The wrapped logger's own, e.g. a SummaryWriter; None where it fails."""
-        return self._try(lambda made: getattr(made, "experiment", None))
+        return self._try("experiment", lambda made: getattr(made, "experiment", None))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try(lambda made: made.log_metrics(metrics, step))
+        self._try("log_metrics", lambda made: made.log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._try(lambda made: made.log_hyperparams(params, *args, **kwargs))
+        self._try("log_hyperparams", lambda made: made.log_hyperparams(params, *args, **kwargs))
 
     def save(self) -> None:
-        self._try(lambda made: made.save())
+        self._try("save", lambda made: made.save())
 
     def finalize(self, status: str) -> None:
-        self._try(lambda made: made.finalize(status))
+        self._try("finalize", lambda made: made.finalize(status), rests=False)     # there is no later

@@ -18,7 +18,7 @@ from solo.console import say
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment, flat
-from solo.files import sweep, write_link
+from solo.files import sweep, try_folder, write_link
 from solo.lease import owning
 from solo.methods import Method
 
@@ -82,6 +82,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     if path is None:
         if config.checkpoint.enabled:
             _check_room(run_dir, method, path)
+            _check_fallback(config)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
     content = checkpoint.read(path)
@@ -95,6 +96,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     complete = _complete(content, trainer)
     if config.checkpoint.enabled and not complete:
         _check_room(run_dir, method, path)
+        _check_fallback(config)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
     say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "
@@ -190,6 +192,20 @@ def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
     needed, free = size * (1 if own else 2), shutil.disk_usage(run_dir.parent).free
     if free < needed:
         raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+
+
+def _check_fallback(config: Experiment) -> None:
+    """The day it is needed is too late to learn that it cannot be written.
+
+    Raises:
+        EnvironmentFault: it cannot.
+    """
+    if config.checkpoint.fallback:
+        try:
+            try_folder(Path(config.checkpoint.fallback))
+        except OSError as error:
+            problem = f"checkpoint.fallback={config.checkpoint.fallback} cannot be written: {error.strerror or error}"
+            raise EnvironmentFault(problem) from error
 
 
 def _step(path: Path) -> int:

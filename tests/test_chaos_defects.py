@@ -310,7 +310,7 @@ def leftovers_stay():
 
 @defect(says="refused")
 def owner_lives_for_ever():
-    solo.lease.alive = lambda pid: True
+    solo.lease.alive, solo.lease.birth = lambda pid: True, lambda pid: "world.1"
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------

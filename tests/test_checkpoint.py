@@ -36,6 +36,27 @@ def test_prune_keeps_the_newest_and_those_to_keep(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["2.ckpt", "4.ckpt", "5.ckpt"]
 
 
+def test_saves_within_an_epoch_leave_those_of_its_end_alone(tmp_path):
+    """Eight saves an epoch; what is there is at no moment less than two."""
+    for step in range(1, 30):
+        progress = {"started": (step - 1) // 8 + 1, "processed": step // 8}
+        loops = {"fit_loop": {"epoch_progress": {"current": progress}}}
+        checkpoint.save({**content(step), "loops": loops}, tmp_path / f"step-{step:02d}.ckpt")
+        checkpoint.prune(tmp_path)
+        entries = checkpoint.manifest(tmp_path)
+        assert len(entries) >= min(step, 2) and {path.name for path in tmp_path.glob("*.ckpt")} == {e.file for e in entries}
+    assert [(entry.step, entry.epoch_end) for entry in entries] == [(16, True), (24, True), (28, False), (29, False)]
+
+
+def test_a_manifest_garbled_while_a_run_goes_on_is_made_anew(tmp_path, caplog):
+    for step in (1, 2):
+        checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
+    (tmp_path / checkpoint.MANIFEST).write_text("[{")
+    checkpoint.save(content(3), tmp_path / "step-3.ckpt")
+    assert [entry.step for entry in checkpoint.manifest(tmp_path)] == [1, 2, 3]
+    assert "is not a manifest of checkpoints" in caplog.text
+
+
 @pytest.mark.parametrize("moment", ["write", "replace", "manifest"])
 def test_an_interrupted_write_leaves_the_last_one_in_force(tmp_path, monkeypatch, moment):
     checkpoint.save(content(1), tmp_path / "1.ckpt")

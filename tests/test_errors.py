@@ -44,6 +44,7 @@ WRONG = [
     ("main_pretrain.py", ["resume="], 2, "resume must name a checkpoint or a run's directory"),
     ("main_pretrain.py", ["data.dataset=image_folder", "data.train_path=noise"], 3, "none of"),
     ("main_pretrain.py", ["checkpoint.dir=file/runs"], 5, "checkpoint.dir=file/runs cannot be written"),
+    ("main_pretrain.py", ["checkpoint.fallback=file/other"], 5, "checkpoint.fallback=file/other cannot be written"),
     ("main_pretrain.py", ["devices=1000"], 5, "devices=1000 processes on"),
     ("launcher.py", ["--gpu", "1"], 2, "unknown flag --gpu, did you mean '--gpus'?"),
     ("launcher.py", ["--script", "main_none.py"], 2, "--script main_none.py does not exist"),

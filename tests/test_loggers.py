@@ -50,7 +50,11 @@ def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplo
     assert len(warnings(caplog)) == 2 and "101 lost so far" in warnings(caplog)[1]
     Server.down = False
     logger.log_metrics({"a": 1.0}, 101)
-    assert Server.reports == 2
+    assert Server.reports == 2 and warnings(caplog)[2:] == ["logger x works again: 101 calls were lost"]
+    for step in range(100):                 # now this, now that: no line for each
+        Server.down = not Server.down
+        logger.log_metrics({"a": 1.0}, step)
+    assert len(warnings(caplog)) == 3
 
 
 def test_down_at_the_start_is_tried_again(tmp_path, monkeypatch, caplog):
@@ -89,6 +93,26 @@ def test_a_server_that_lets_one_wait_is_asked_seldom(tmp_path, monkeypatch, capl
         logger.log_metrics({"a": 1.0}, 1)
     assert len(asked) == 5 and 40 * len(asked) <= 0.011 * (clock[0] - 1000)
     assert "training goes on, 1 lost so far" in warnings(caplog)[0] and len(warnings(caplog)) == 5
+
+
+def test_the_end_of_a_run_is_reported_during_a_rest_as_well(tmp_path, monkeypatch, caplog):
+    """Else a server that failed once, hours ago or a minute, never learns that the run is complete."""
+    clock, ends = [1000.0], []
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Server, "finalize", lambda self, status: ends.append(status))
+
+    def slow(self, metrics, step=None):
+        clock[0] += 40
+        raise TimeoutError("no answer")
+
+    logger = Spared("x", lambda: Server(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "log_metrics", slow)
+        logger.log_metrics({"a": 1.0}, 1)
+    clock[0] += 10
+    logger.log_metrics({"a": 1.0}, 2)
+    logger.finalize("success")
+    assert Server.reports == 0 and ends == ["success"] and len(warnings(caplog)) == 1
 
 
 def full(*arguments, **options):

@@ -45,10 +45,16 @@ def whole(tmp_path_factory):
     return result.run_dir, checkpoint.read(result.checkpoint)
 
 
-def test_a_folder_that_is_removed_is_made_anew(whole, tmp_path):
+def test_the_manifest_says_which_save_ends_an_epoch(whole):
+    entries = checkpoint.manifest(whole[0] / "checkpoints")
+    assert [(entry.step, entry.epoch_end) for entry in entries] == [(6, False), (7, False), (8, True)]
+
+
+@pytest.mark.parametrize("lost", ["the run's", "that of all runs"])
+def test_a_folder_that_is_removed_is_made_anew(whole, tmp_path, lost):
     config = experiment(content(tmp_path))
     run_dir = config.run_dir(8)
-    result = pretrain(config, [At(3, lambda: shutil.rmtree(run_dir))])
+    result = pretrain(config, [At(3, lambda: shutil.rmtree(run_dir if lost == "the run's" else run_dir.parent))])
     assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
 
 
@@ -65,13 +71,16 @@ def test_where_nothing_can_be_written_the_state_goes_elsewhere(whole, tmp_path):
         pretrain(config, [At(3, lost)])
     (line,) = str(ended.value).splitlines()
     elsewhere = tmp_path / "fallback" / run_dir.name
-    assert line.endswith(f"the last checkpoint stays; this step is saved in {elsewhere}: go on with resume={elsewhere}")
-    assert [path.name for path in elsewhere.glob("*.ckpt")] == ["step-000000005.ckpt"]
+    saved = elsewhere / "step-000000005.ckpt"
+    assert line.endswith(f"the last checkpoint stays; this step is saved elsewhere: go on with resume={saved}")
+    assert list(elsewhere.glob("*.ckpt")) == [saved]
+    shutil.copy(saved, elsewhere / "step-000000009.ckpt")        # of another run of that name
+    (elsewhere / checkpoint.MANIFEST).unlink()
     assert checkpoint.newest(away / "checkpoints").name == "step-000000002.ckpt"
     run_dir.unlink()
     away.rename(run_dir)
     watcher = EveryStep(None)
-    result = pretrain(experiment(content(tmp_path, resume=str(elsewhere))), [watcher])
+    result = pretrain(experiment(content(tmp_path, resume=str(saved))), [watcher])
     assert sorted(watcher.losses) == [6, 7, 8]
     assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
 

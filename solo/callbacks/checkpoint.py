@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,15 @@ LEAST = 60.0        # seconds that a share of an epoch waits for: short epochs w
 class CheckpointConfig:
     """When to save.
 
-    ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay.
+    ``frequency``: at the end of every n-th epoch; ``keep_prev`` keeps those for good, else the newest two stay. Of saves in the
+    middle of an epoch the newest two stay as well.
     ``minutes``, ``epoch_share``: also in the middle of an epoch, once this much time has passed, or this share of an epoch
     been trained and a minute passed, since the last save, so that no fault costs more; 0 minutes: after every step,
     whatever it takes.
     ``stall``: the share of the time that saves in the middle of an epoch may take; they are rarer where they took more.
     The end of the run and the signals that end or preempt a job always save.
-    ``fallback``: folder for the last state of a run whose own cannot be written; empty: below the system's temporary one.
+    ``fallback``: folder for the last state of a run whose own cannot be written, tried before the run; empty: one of the
+    user's own in the system's temporary one.
     """
 
     enabled: bool = True
@@ -130,13 +134,17 @@ class Checkpointer(SignalGuard, Checkpoint):
     def _write(self, trainer: pl.Trainer, path: Path, keep: bool) -> OSError | None:
         if problem := self._store(trainer, path, keep):
             return problem
-        try:
-            if trainer.is_global_zero:
-                store.prune(self.folder)
-                write_link(self.run_dir / "last.ckpt", Path("checkpoints") / path.name)
-        except OSError as error:
-            return error
+        if trainer.is_global_zero:
+            self._tidy(path, lambda: store.prune(self.folder))
+            self._tidy(path, lambda: write_link(self.run_dir / "last.ckpt", Path("checkpoints") / path.name))
         return None
+
+    def _tidy(self, path: Path, act: Callable[[], None]) -> None:
+        """After a save that is whole; the next save, or the next start, makes up for it."""
+        try:
+            act()
+        except OSError as error:
+            warn(f"{path} is saved, but tidying up behind it failed: {error.strerror or error}")
 
     def _store(self, trainer: pl.Trainer, path: Path, keep: bool = False) -> OSError | None:
         try:
@@ -151,7 +159,7 @@ class Checkpointer(SignalGuard, Checkpoint):
         folder = Path(self.config.fallback or f"{tempfile.gettempdir()}/solo-{os.getuid()}") / self.run_dir.name
         problem: OSError | None = None
         try:
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not self.config.fallback:
                 own_folder(folder.parent)
         except OSError as error:
             problem = error
@@ -159,16 +167,19 @@ class Checkpointer(SignalGuard, Checkpoint):
             problem = self._store(trainer, folder / name)
         if problem:
             return f"{folder} cannot be written either: {problem.strerror or problem}"
-        return f"this step is saved in {folder}: go on with resume={folder}"
+        return f"this step is saved elsewhere: go on with resume={folder / name}"
 
     def _reason(self, problem: OSError | None) -> str:
         if problem is None:
             return "rank 0 says why"
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return str(problem.strerror)
-        needed = max((path.stat().st_size for path in self.folder.glob("*.ckpt")), default=0)
-        free = shutil.disk_usage(self.folder).free
-        return f"{problem.strerror} (the last one has {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free)"
+        with suppress(OSError):
+            needed = max((path.stat().st_size for path in self.folder.glob("*.ckpt")), default=0)
+            there = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+            free = shutil.disk_usage(there).free
+            return f"{problem.strerror} (the last one has {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free)"
+        return str(problem.strerror)
 
     def kept(self) -> str:
         if not self.config.enabled:

@@ -72,14 +72,19 @@ class SignalGuard(Callback):
     # --- together --------------------------------------------------------------------------------------------------
 
     def agreed(self, trainer: pl.Trainer, due: bool) -> tuple[int, bool]:
-        """The largest signal number and wish to save over all ranks."""
+        """The signal that all ranks obey, or 0, and whether one wishes to save.
+
+        The warning of a queue counts for more than the signal that ends a job: what it ended is not put back.
+        """
         if world_size() == 1:
             return self._signal, due
         wishes = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
         everyone = torch.zeros(world_size(), 2, dtype=wishes.dtype, device=wishes.device)
         everyone[trainer.global_rank] = wishes
-        number, wish = all_reduce(everyone).amax(0).tolist()
-        return number, bool(wish)
+        numbers, wishes_of_all = all_reduce(everyone).T.tolist()
+        heard = [number for number in numbers if number]
+        warned = [number for number in heard if number in (signal.SIGUSR1, signal.SIGUSR2)]
+        return next(iter(warned + heard), 0), any(wishes_of_all)
 
     def leave(self, trainer: pl.Trainer, number: int) -> NoReturn:
         """End all ranks.

@@ -8,6 +8,7 @@ from torch.distributed import barrier
 
 from solo.callbacks import checkpoint
 from solo.callbacks.checkpoint import CheckpointConfig, Checkpointer
+from solo.callbacks.signals import SignalGuard
 from solo.dist import all_reduce
 from solo.errors import EnvironmentFault
 from solo.testing import run_ranks
@@ -106,4 +107,59 @@ def test_ranks_agree_that_the_first_ones_disk_is_full(tmp_path):
     assert first[1:] == second[1:] == (3, ["checkpoints"] * 3 + ["run"], 2)
     assert second[0] == "SystemExit 0"              # one voice
     assert "No space left on device" in first[0] and first[0].startswith("EnvironmentFault")
-    assert first[0].endswith(f"this step is saved in {tmp_path}/other/run: go on with resume={tmp_path}/other/run")
+    assert first[0].endswith(f"this step is saved elsewhere: go on with resume={tmp_path}/other/run/step-000000003.ckpt")
+
+
+def test_a_full_disk_without_the_folder_is_a_line_as_well(tmp_path, monkeypatch):
+    run = Run(tmp_path / "runs" / "run", monkeypatch, 8, 1.0, 0.1, minutes=0, fallback=str(tmp_path / "other"))
+    full = OSError(28, "No space left on device")
+    assert run.saver._reason(full).startswith("No space left on device (the last one has 0.0 MB, ")
+
+    def stale(folder):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", stale)
+    assert run.saver._reason(full) == "No space left on device"
+
+
+@pytest.mark.parametrize("broken", ["prune", "write_link"])
+def test_what_fails_behind_a_save_is_a_warning(tmp_path, monkeypatch, caplog, broken):
+    run = Run(tmp_path, monkeypatch, 8, 1.0, 0.1, minutes=0)
+
+    def fails(*arguments):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.store if broken == "prune" else checkpoint, broken, fails)
+    run.train()
+    assert [step for _, step in run.saves] == list(range(1, 8))
+    said = [record.getMessage() for record in caplog.records]
+    tail = "step-000000001.ckpt is saved, but tidying up behind it failed: Operation not permitted"
+    assert len(said) == 7 and said[0].endswith(tail)
+
+
+def test_a_given_fallback_may_be_shared_and_the_default_may_not(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    given = Run(tmp_path / "run", monkeypatch, 8, 1.0, 0.1, fallback=str(shared))
+    assert given.saver._elsewhere(given.trainer, "step-1.ckpt").endswith(f"resume={shared}/run/step-1.ckpt")
+    own = Run(tmp_path / "run", monkeypatch, 8, 1.0, 0.1)
+    monkeypatch.setattr(checkpoint.tempfile, "gettempdir", lambda: str(tmp_path))
+    shared.rename(tmp_path / f"solo-{checkpoint.os.getuid()}")
+    assert "others may write to" in own.saver._elsewhere(own.trainer, "step-1.ckpt")
+
+
+def heard(rank, numbers):
+    guard = SignalGuard()
+    guard._signal = numbers[rank]
+    trainer = SimpleNamespace(global_rank=rank, strategy=SimpleNamespace(root_device="cpu"))
+    return guard.agreed(trainer, rank == 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "obeyed"),
+    [((15, 10), 10), ((12, 15), 12), ((0, 15), 15), ((1, 15), 1), ((10, 12), 10)],
+)
+def test_a_warning_before_the_end_counts_for_more_than_the_end(numbers, obeyed):
+    """A job that one rank calls ended and another warned is put back into the queue; else the first rank's word counts."""
+    assert run_ranks(heard, numbers) == [(obeyed, True)] * 2
