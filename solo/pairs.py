@@ -1,95 +1,110 @@
-"""Values of a run that are each fine and cannot be meant together; every pair is named at once, before any work."""
+"""Values of a run that are each fine and do not suit each other; every pair is named at once, before any work.
+
+What cannot be meant is refused, in lines that say what to do. What has merely no effect is a note, and the run trains.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from solo.data.module import DataModule
 from solo.devices import MAX_EPOCHS
-from solo.errors import ConfigError
-from solo.experiment import Experiment
-from solo.optim import scaled_lr
+from solo.schedules import SchedulerConfig
+
+Trainer = dict[str, Any]        # arguments of Lightning's Trainer
 
 
-def refuse(config: Experiment) -> None:
-    """What a config alone says of itself.
-
-    Raises:
-        ConfigError: one line for each pair.
-    """
-    if problems := list(_of_epochs(config)):
-        raise ConfigError("\n".join(problems))
-
-
-def of_run(config: Experiment, data: DataModule, global_batch: int) -> list[str]:
-    """A line for each pair that the number of images decides.
-
-    Args:
-        config: the run.
-        data: its images.
-        global_batch: images of a batch over all processes.
-    """
-    return [*_of_steps(config, len(data.selected) // global_batch, global_batch), *_of_banks(config, data)]
+def of_epochs(trainer: Trainer, scheduler: SchedulerConfig) -> list[str]:
+    """What must be refused whatever the images are: a line each."""
+    if (epochs := _epochs(trainer)) is None:
+        return []
+    problems, warmup = [], scheduler.warmup_epochs
+    if scheduler.name == "warmup_cosine" and warmup > epochs:
+        problems.append(f"scheduler.warmup_epochs={warmup:g} is longer than the whole run, max_epochs={epochs}: "
+                        f"use scheduler.warmup_epochs={epochs}, or fast_dev_run=true for a try")
+    if (least := trainer.get("min_epochs") or 0) > epochs:
+        problems.append(f"min_epochs={least} is more than max_epochs={epochs}: use min_epochs={epochs} or max_epochs={least}")
+    return problems
 
 
-def _of_epochs(config: Experiment) -> Iterator[str]:
-    given, scheduler = config.trainer, config.scheduler
-    epochs = given.get("max_epochs", MAX_EPOCHS)
-    if given.get("fast_dev_run") or epochs in (None, -1):
+def of_steps(trainer: Trainer, scheduler: SchedulerConfig, batches: int) -> list[str]:
+    """What must be refused with so many batches in an epoch: a line each."""
+    if trainer.get("fast_dev_run") or not batches:      # no batch: the images' own refusal
+        return []
+    problems, accumulated, limit = [], trainer.get("accumulate_grad_batches", 1), trainer.get("max_steps", -1)
+    used, per_epoch, steps = _limited(trainer, batches), _steps_per_epoch(trainer, batches), _steps(trainer, batches)
+    if accumulated > batches and _limit(trainer) is None:
+        problems.append(f"accumulate_grad_batches={accumulated} is more than the {batches} batches of an epoch: "
+                        f"no step has so many, use at most {batches}")
+    interval, validates = trainer.get("val_check_interval"), trainer.get("limit_val_batches") != 0
+    if type(interval) is int and interval > used and validates and trainer.get("check_val_every_n_epoch", 1) is not None:
+        problems.append(f"val_check_interval={interval} is more than the {used} batches of an epoch: "
+                        "check_val_every_n_epoch=null counts on over epochs")
+    warmup = scheduler.warmup_epochs * per_epoch
+    if limit == steps and scheduler.name == "warmup_cosine" and warmup > limit:
+        most = math.floor(100 * limit / per_epoch) / 100
+        problems.append(f"scheduler.warmup_epochs={scheduler.warmup_epochs:g} are {warmup:g} steps, more than "
+                        f"max_steps={limit}: use scheduler.warmup_epochs={most:g}, or fast_dev_run=true for a try")
+    if (least := trainer.get("min_steps") or 0) > steps:
+        problems.append(f"min_steps={least} is more than the {steps} steps of the run: use at most {steps}, or a longer run")
+    return problems
+
+
+def idle(trainer: Trainer, scheduler: SchedulerConfig, batches: int, lr: float) -> Iterator[str]:
+    """What has no effect, or not the usual one, with so many batches in an epoch and this scaled rate: a note each."""
+    if trainer.get("fast_dev_run") or not batches:
         return
-    yield from scheduler.too_long(epochs)
-    if scheduler.name == "step" and (never := [epoch for epoch in scheduler.lr_decay_steps or () if epoch >= epochs]):
+    used, epochs = _limited(trainer, batches), _epochs(trainer)
+    accumulated, between = trainer.get("accumulate_grad_batches", 1), trainer.get("check_val_every_n_epoch", 1)
+    interval, validates = trainer.get("val_check_interval"), trainer.get("limit_val_batches") != 0
+    if epochs and scheduler.name == "step" and (never := [at for at in scheduler.lr_decay_steps or () if at >= epochs]):
         yield f"scheduler.lr_decay_steps={never} lie behind the end of the run, max_epochs={epochs}"
-    if (least := given.get("min_epochs") or 0) > epochs:
-        yield f"min_epochs={least} is more than max_epochs={epochs}"
-    if (between := given.get("check_val_every_n_epoch") or 1) > epochs and given.get("limit_val_batches") != 0:
-        yield f"check_val_every_n_epoch={between} is more than max_epochs={epochs}: limit_val_batches=0 leaves validation out"
+    if scheduler.name == "warmup_cosine" and scheduler.min_lr > lr:
+        yield f"scheduler.min_lr={scheduler.min_lr:g} is above the scaled rate of {lr:g}: the rate rises to it"
+    if epochs and validates and (between or 1) > epochs:
+        yield f"check_val_every_n_epoch={between} is more than max_epochs={epochs}: no epoch is validated"
+    if type(interval) is int and validates and between is None and interval > _steps(trainer, batches) * accumulated:
+        yield f"val_check_interval={interval} is more than the batches of the run: none is validated"
+    if accumulated > used and _limit(trainer) is not None:
+        yield f"accumulate_grad_batches={accumulated} is more than the {used} batches an epoch is limited to: it is one step"
 
 
-def _of_steps(config: Experiment, batches: int, global_batch: int) -> Iterator[str]:
-    given, scheduler, health = config.trainer, config.scheduler, config.health
-    if given.get("fast_dev_run"):
-        return
-    batches = _limited(batches, given.get("overfit_batches") or given.get("limit_train_batches"))
-    accumulated = given.get("accumulate_grad_batches", 1)
-    if accumulated > batches:
-        yield f"accumulate_grad_batches={accumulated} is more than the {batches} batches of an epoch: no step has so many"
-    interval = given.get("val_check_interval")
-    if type(interval) is int and interval > batches and given.get("check_val_every_n_epoch", 1) is not None:
-        yield (f"val_check_interval={interval} is more than the {batches} batches of an epoch: "
-               "check_val_every_n_epoch=null counts on over epochs")
-    per_epoch = math.ceil(batches / accumulated)
-    epochs, limit = given.get("max_epochs", MAX_EPOCHS), given.get("max_steps", -1)
-    ends = [limit] * (limit > 0) + [epochs * per_epoch] * (epochs not in (None, -1))
-    steps = min(ends)
-    if limit == steps and scheduler.name == "warmup_cosine" and (warmup := scheduler.warmup_epochs * per_epoch) > limit:
-        yield f"scheduler.warmup_epochs={scheduler.warmup_epochs:g} are {warmup:g} steps, more than max_steps={limit}"
-    if (least := given.get("min_steps") or 0) > steps:
-        yield f"min_steps={least} is more than the {steps} steps of the run"
-    peak = scaled_lr(config.optimizer.lr, global_batch * accumulated)
-    if scheduler.name == "warmup_cosine" and scheduler.min_lr > peak and not config.auto_lr:
-        yield (f"scheduler.min_lr={scheduler.min_lr:g} is above the rate it should fall from, "
-               f"optimizer.lr={config.optimizer.lr:g} x {global_batch * accumulated}/256 = {peak:g}")
-    if health.stop_on_collapse and (first := health.every * health.patience) > steps:
-        yield (f"health.stop_on_collapse would come after health.every x health.patience = {first} steps, "
-               f"and the run has {steps}")
+def after_the_end(what: str, first: int, trainer: Trainer, batches: int) -> Iterator[str]:
+    """A note where something can happen after ``first`` steps at the earliest and the run is shorter."""
+    if not trainer.get("fast_dev_run") and batches and first > (steps := _steps(trainer, batches)):
+        yield f"{what} comes after {first} steps at the earliest, and the run has {steps}"
 
 
-def _limited(batches: int, limit: Any) -> int:
-    """As Lightning reads ``limit_train_batches``: a share, or a number."""
+def of_bank(key: str, neighbours: Sequence[int], images: int) -> Iterator[str]:
+    """A note where k-NN is asked for more votes than there are images."""
+    if many := [k for k in neighbours if k > images]:
+        yield f"{key}={', '.join(map(str, many))} is more than the {images} labelled training images: all of them vote"
+
+
+def _epochs(trainer: Trainer) -> int | None:
+    """Of the run, where they are what ends it."""
+    epochs = trainer.get("max_epochs", MAX_EPOCHS)
+    return None if trainer.get("fast_dev_run") or epochs in (None, -1) else epochs
+
+
+def _limit(trainer: Trainer) -> float | None:
+    """Of an epoch's batches: a share, or a number."""
+    return trainer.get("overfit_batches") or trainer.get("limit_train_batches")
+
+
+def _limited(trainer: Trainer, batches: int) -> int:
+    """Batches of an epoch, as Lightning takes them."""
+    limit = _limit(trainer)
     if limit is None:
         return batches
     return min(limit, batches) if isinstance(limit, int) else max(1, int(batches * limit))
 
 
-def _of_banks(config: Experiment, data: DataModule) -> Iterator[str]:
-    """k-NN votes of more images than there are."""
-    labelled = int(np.count_nonzero(data.labels >= 0))
-    for key, block, neighbours in (("knn", config.knn, config.knn.k), ("report", config.report, [config.report.k])):
-        bank = min(labelled, block.max_train or labelled)
-        many = [k for k in neighbours if k > bank]
-        if block.enabled and bank and many:
-            k = many if key == "knn" else many[0]
-            yield f"{key}.k={k} is more than the {bank} labelled training images that vote: use at most {bank}"
+def _steps_per_epoch(trainer: Trainer, batches: int) -> int:
+    return math.ceil(_limited(trainer, batches) / trainer.get("accumulate_grad_batches", 1))
+
+
+def _steps(trainer: Trainer, batches: int) -> int:
+    """Optimizer steps of the run."""
+    epochs, limit = _epochs(trainer), trainer.get("max_steps", -1)
+    ends = [limit] * (limit > 0) + ([] if epochs is None else [epochs * _steps_per_epoch(trainer, batches)])
+    return min(ends)

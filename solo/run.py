@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,7 +113,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         NumericsError: a loss stopped being finite.
         Interrupted: a signal came; the state is saved.
     """
-    pairs.refuse(config)
+    if problems := pairs.of_epochs(config.trainer, config.scheduler):
+        raise ConfigError("\n".join(problems))
     arguments, processes = settle(config.trainer)
     config = tuned(config, arguments, processes, build)
     global_batch = config.optimizer.batch_size * processes
@@ -121,6 +122,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     method = _method(config, _in_chans(config))
     data = _checked_data(config, method, global_batch)
     data.report_dir = run_dir
+    for note in _idle(config, data, global_batch):
+        say(f"note: {note}")
     trainer = _trainer(config, arguments, run_dir, data, method, global_batch, extra_callbacks)
     if note := method.each.note(method.backbone):
         say(note)
@@ -161,12 +164,26 @@ def _checked_data(config: Experiment, method: Method, global_batch: int) -> Data
         problems.append(str(error))
     try:
         data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
-        problems += pairs.of_run(config, data, global_batch)
+        problems += pairs.of_steps(config.trainer, config.scheduler, len(data.selected) // global_batch)
     except ConfigError as error:
         problems.append(str(error))
     if problems or data is None:
         raise ConfigError("\n".join(problems))
     return data
+
+
+def _idle(config: Experiment, data: DataModule, global_batch: int) -> Iterator[str]:
+    """A line for each value that these images leave without effect."""
+    trainer, health, batches = config.trainer, config.health, len(data.selected) // global_batch
+    accumulated = trainer.get("accumulate_grad_batches", 1)
+    yield from pairs.idle(trainer, config.scheduler, batches, optim.scaled_lr(config.optimizer.lr, global_batch * accumulated))
+    if health.stop_on_collapse:
+        yield from pairs.after_the_end("health.stop_on_collapse", health.every * health.patience, trainer, batches)
+    if labelled := int((data.labels >= 0).sum()) if data.spec.classes > 1 else 0:
+        if config.knn.enabled:
+            yield from pairs.of_bank("knn.k", config.knn.k, min(labelled, config.knn.max_train or labelled))
+        if config.report.enabled:
+            yield from pairs.of_bank("report.k", [config.report.k], min(labelled, config.report.max_train))
 
 
 def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None, timeout: float) -> None:

@@ -33,12 +33,6 @@ class SchedulerConfig:
             also.append(f"lr_decay_steps must not be negative, got {self.lr_decay_steps}")
         require(self, positive="lr_decay_factor", at_least_0="warmup_epochs warmup_start_lr min_lr", also=also)
 
-    def too_long(self, epochs: float) -> list[str]:
-        """A line where a run of so many epochs ends before its warm-up does."""
-        if self.name != "warmup_cosine" or self.warmup_epochs <= epochs:
-            return []
-        return [f"scheduler.warmup_epochs={self.warmup_epochs:g} is longer than the whole run, max_epochs={epochs:g}"]
-
 
 def warmup_cosine(
     step: int,

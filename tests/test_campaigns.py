@@ -12,7 +12,7 @@ from solo.bench.everystep import every_step
 from solo.bench.ordeal import Ordeal, reference
 from solo.bench.routes import ROUTES, interrupt
 from solo.callbacks.signals import SignalGuard
-from solo.errors import SIGNALS
+from solo.errors import SIGNALS, EnvironmentFault
 from solo.nn import Queue
 from tests.test_chaos import SHORT
 
@@ -58,15 +58,21 @@ def truths(tmp_path_factory):
 def test_a_signal_on_each_route(truths, tmp_path, name):
     content, truth = truths[ROUTES[name].ranks]
     number = random.Random(name).choice([number for number in SIGNALS if number != signal.SIGINT or ROUTES[name].times == 1])
-    _, problems = interrupt(name, number, 3 * truth.step_seconds, content, tmp_path / "run", truth)
-    assert [problem for problem in problems if not problem.startswith("late")] == []        # a busy machine is not a fault
+    took, problems = interrupt(name, number, 3 * truth.step_seconds, content, tmp_path / "run", truth)
+    assert problems == [] and took is not None
+
+
+def test_a_route_on_which_no_signal_arrives_is_found(truths, tmp_path, monkeypatch):
+    monkeypatch.setattr(routes, "_interrupt", lambda *_: None)
+    took, (problem,) = interrupt("one process", signal.SIGTERM, 0.0, truths[1][0], tmp_path, truths[1][1])
+    assert took is None and problem.startswith("missed: ")
 
 
 @pytest.mark.parametrize(
     ("name", "defect", "kinds"),
     [
         ("rank 1 of Lightning's launcher", ("agreed", lambda self, trainer, due: (self._signal, due)), {"hang"}),
-        ("one process", ("save", lambda self, trainer, last=False: None), {"not saved"}),
+        ("one process", ("save", lambda self, trainer, last=False: None), {"not saved", "late"}),
         ("one process", ("leave", lambda self, trainer, number: exit(0)), {"exit", "said"}),
     ],
     ids=["no agreement", "no save", "as if complete"],
@@ -75,6 +81,7 @@ def test_what_is_wrong_with_a_signal_is_found(truths, tmp_path, monkeypatch, nam
     from solo.callbacks.checkpoint import Checkpointer
 
     monkeypatch.setattr(routes, "GONE", 8.0)
+    monkeypatch.setattr(routes, "LIMIT", -1e6)
     monkeypatch.setattr(Checkpointer if defect[0] == "save" else SignalGuard, *defect)
     content, truth = truths[ROUTES[name].ranks]
     _, problems = interrupt(name, signal.SIGTERM, 3 * truth.step_seconds, content, tmp_path / "run", truth)
@@ -87,16 +94,54 @@ def test_two_ranks_go_on_from_some_steps(tmp_path):
 
 
 def test_a_queue_that_is_lost_is_found_after_a_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(Queue, "_load_from_state_dict", lambda self, state, *_: None)
+    queue_is_lost(monkeypatch)
     problems = every_step("nnclr", tmp_path / "run", ranks=1, steps=[3])
     assert len(problems) >= 2 and all(problem.startswith("nnclr, after step 3: ") for problem in problems)
 
 
-def test_a_soak_of_seconds(tmp_path, monkeypatch):
+@pytest.fixture
+def soaked(tmp_path, monkeypatch):
+    """What a soak comes to in which so many faults happen."""
     monkeypatch.setattr(soak, "FAULTS", (0.5, 1.5))
     monkeypatch.setattr(soak, "SAVES", 0.3)
     monkeypatch.setattr(soak, "GROWTH", 0.5)            # a run that has hardly begun still grows
     content = plan(tmp_path, data={"train_size": 512}, max_epochs=10**5)
-    said, problems = soak.soak(content, 0.15, 1, tmp_path)
+    return lambda faults: soak.soak(content, 0.0, 1, tmp_path, faults)
+
+
+def test_a_soak_of_seconds(tmp_path, soaked):
+    happened, said, problems = soaked(5)
     print(said)
-    assert problems == [] and checkpoint.newest(next(tmp_path.glob("loud/all4one-*")) / "checkpoints") is not None
+    assert problems == [] and sum(happened.values()) == 5 and happened["kills"] + happened["signals"] >= 1, said
+    assert checkpoint.newest(next(tmp_path.glob("loud/all4one-*")) / "checkpoints") is not None
+
+
+def queue_is_lost(monkeypatch):
+    monkeypatch.setattr(Queue, "_load_from_state_dict", lambda self, state, *_: None)
+
+
+def test_a_soak_finds_a_queue_that_is_lost(soaked, monkeypatch):
+    queue_is_lost(monkeypatch)
+    _, said, problems = soaked(2)
+    assert any(problem.startswith("different: step") for problem in problems), said
+
+
+def test_a_life_that_ends_for_no_reason_is_found(tmp_path, monkeypatch):
+    """With the code of a full disk, which its disk was not."""
+    def fail(*_):
+        raise EnvironmentFault("no reason")
+
+    monkeypatch.setattr(soak, "pretrain", fail)
+    monkeypatch.setattr(soak, "SAVES", 0.0)
+    lives = [soak.Life(Ordeal(plan(tmp_path), tmp_path / name, None)) for name in ("any", "full")]
+    soak.FAULT["full disks"](lives[1], random.Random(0))
+    for life in lives:
+        life.wait()
+    (problem,), none = (life.run.problems for life in lives)
+    assert problem.startswith("refused: [5]") and none == []
+
+
+def test_kills_of_two_ranks_find_a_queue_that_is_lost(tmp_path, monkeypatch):
+    queue_is_lost(monkeypatch)
+    tally = campaign(2, seed=2, folder=tmp_path, width=16, ranks=2)
+    assert tally.count("different") and tally.kills == 2, str(tally)

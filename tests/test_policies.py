@@ -16,8 +16,8 @@ RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.par
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {
-    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges", "reading",
-    "redaction", "schedules", "config_files", "files", "lease",
+    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges",
+    "pairs", "reading", "redaction", "schedules", "config_files", "files", "lease",
 }
 NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
 PARTS = BASE | {"kernels", "losses", *NETWORKS}
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "launch": {"errors", "registry"},
     "torchrun": set(),
 }
-TOP = {"__init__", "bench", "certify", "continuing", "experiment", "loggers", "pairs", "run", "start", "testing", "tuning"}
+TOP = {"__init__", "bench", "certify", "continuing", "experiment", "loggers", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
 HOMES = {
     "hydra": ("config.py", "config_files.py"),

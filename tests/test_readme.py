@@ -26,8 +26,7 @@ SMALL = [
 LESS = {
     "pretrain/cifar": "data.dataset=fake data.size=32 data.train_size=64 optimizer.batch_size=16 method_kwargs.queue_size=64 "
     "precision=32-true report.enabled=false",
-    "pretrain/custom": "optimizer.batch_size=4 method_kwargs.queue_size=16 precision=32-true data.num_workers=0 "
-    "knn.k=[5] report.k=5",
+    "pretrain/custom": "optimizer.batch_size=4 method_kwargs.queue_size=16 precision=32-true data.num_workers=0",
     "finetune.yaml": "optimizer.batch_size=32",
 }
 

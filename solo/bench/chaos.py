@@ -116,17 +116,22 @@ def interruptions(runs: int, seed: int, folder: Path, limit: float = math.inf) -
     at_its_end = {"frequency": 10**6, "minutes": 1e6}
     contents = {n: plan(folder, ranks=n, data={"train_size": 128}, checkpoint=at_its_end) for n in (1, 2)}
     truths = {n: reference(contents[n], folder / f"whole{n}") for n in contents}
-    while len(took) < runs and time.monotonic() < began + limit:
-        name = list(ROUTES)[len(took) % len(ROUTES)]
+    for attempt in range(runs):
+        if time.monotonic() >= began + limit:
+            break
+        name = list(ROUTES)[attempt % len(ROUTES)]
         ranks, hard = ROUTES[name].ranks, ROUTES[name].times > 1        # a second Ctrl-C is meant to end it at once
         number = generator.choice([number for number in SIGNALS if not (hard and number == signal.SIGINT)])
         wait = generator.uniform(0, 20 * truths[ranks].step_seconds)
         seconds, found = interrupt(name, number, wait, contents[ranks], folder / "run", truths[ranks])
-        took.append(seconds)
         problems += found
-        print(f"{len(took)}: {number.name} to {name}: gone in {seconds:.1f} s{''.join(map('; {}'.format, found))}", flush=True)
+        if seconds is not None:
+            took.append(seconds)
+            found = [f"gone in {seconds:.1f} s", *found]
+        print(f"{attempt + 1}: {number.name} to {name}: {'; '.join(found)}", flush=True)
         shutil.rmtree(folder / "run")
-    said = f"{len(took)} runs over {len(ROUTES)} routes, {time.monotonic() - began:.0f} s: gone in {max(took):.1f} s at most"
+    said = (f"{len(took)} interruptions over {len(ROUTES)} routes, {time.monotonic() - began:.0f} s: "
+            f"gone in {max(took, default=0.0):.1f} s at most")
     return f"{said}, {len(problems)} problems", problems
 
 
@@ -145,7 +150,8 @@ def long_run(minutes: float, seed: int, folder: Path, ranks: int) -> tuple[str, 
     """`soak` of a run of 64 steps an epoch, and of more epochs than there is time for."""
     content = plan(folder, ranks=ranks, data={"train_size": 512}, max_epochs=10**5)
     reference(plan(folder, ranks=ranks, max_epochs=1), folder / "first")        # imports what a run imports
-    return soak(content, minutes, seed, folder)
+    _, said, problems = soak(content, minutes, seed, folder)
+    return said, problems
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ PERIOD = 0.001      # seconds between two looks
 
 
 class Observer:
-    """Looks how many checkpoints are valid, from two on never fewer.
+    """Looks how many checkpoints are valid, from two on never fewer, and at the manifest, once there never missing or garbled.
 
     Args:
         folder: of the checkpoints.
@@ -22,40 +22,57 @@ class Observer:
 
     def __init__(self, folder: Path, findings: Path) -> None:
         self.board, self.findings = mmap.mmap(-1, 1), findings
+        findings.unlink(missing_ok=True)
         self.process = os.fork()
         if not self.process:
             with suppress(BaseException):
-                findings.write_text(_Watch(folder).until(self.board))
+                findings.write_text(Watch(folder).until(self.board))
             os._exit(0)
 
     def end(self) -> tuple[int, list[str]]:
         """Number of looks, and what was wrong, a line each."""
         self.board[0] = 1
         os.waitpid(self.process, 0)
+        if not self.findings.exists():
+            return 0, ["observer: ended before the run"]
         looks, *wrong = self.findings.read_text().splitlines()
         return int(looks), wrong
 
 
-class _Watch:
+class Watch:
+    """What one process remembers from look to look."""
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, folder / checkpoint.MANIFEST
         self.digests: dict[tuple[int, ...], str] = {}
         self.named: dict[tuple[int, ...], dict[str, str]] = {}
+        self.looks = self.seen = 0
 
     def until(self, board: mmap.mmap) -> str:
-        looks, seen, wrong = 0, 0, []
-        while not board[0]:
-            with suppress(FileNotFoundError, ValueError):
-                now = _key(self.manifest)
-                if now not in self.named:
-                    self.named = {now: entries(self.folder)}
-                valid = sum(self._digest(self.folder / name) == sha256 for name, sha256 in self.named[now].items())
-                if _key(self.manifest) == now:      # else the files of a manifest that is no longer in force
-                    looks, seen = looks + 1, max(seen, valid)
-                    if valid < min(seen, 2):
-                        wrong.append(f"too few: of {sorted(self.named[now])}, {valid} valid")
+        wrong: dict[str, None] = {}                 # each once, in the order found
+        ended = False
+        while not ended:
+            ended = bool(board[0])                  # a last look comes behind the end
+            if finding := self._look():
+                wrong[finding] = None
             time.sleep(PERIOD)
-        return "\n".join([str(looks), *wrong])
+        return "\n".join([str(self.looks), *wrong])
+
+    def _look(self) -> str | None:
+        """What is wrong now."""
+        try:
+            now = _key(self.manifest)
+            if now not in self.named:
+                self.named = {now: entries(self.folder)}
+            valid = sum(self._digest(self.folder / name) == sha256 for name, sha256 in self.named[now].items())
+            if _key(self.manifest) != now:          # the files of a manifest that is no longer in force
+                return None
+        except FileNotFoundError:
+            return "manifest: gone" if self.named else None
+        except (ValueError, LookupError, TypeError) as error:
+            return f"manifest: {type(error).__name__}: {' '.join(str(error).split())}"
+        self.looks, self.seen = self.looks + 1, max(self.seen, valid)
+        return f"too few: of {sorted(self.named[now])}, {valid} valid" if valid < min(self.seen, 2) else None
 
     def _digest(self, path: Path) -> str:
         """The checksum of a file, computed once for each state it is in."""

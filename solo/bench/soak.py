@@ -29,7 +29,7 @@ SAVES, FAULTS = 2.0, (10.0, 30.0)           # seconds between two saves, and bet
 PATIENCE = 300.0                            # seconds that a start may take
 GROWTH = 0.01                               # by which the memory of a run may grow
 FULL = 2                                    # the byte that says that the disk is full, behind the two of `solo.bench.ordeal`
-ENDS = (0, EnvironmentFault.exit_code, 128 + signal.SIGTERM, -signal.SIGKILL)
+ENDS = (0, 128 + signal.SIGTERM)             # codes with which any life may end
 
 
 @dataclass
@@ -81,6 +81,7 @@ class Life:
         self.before, self.board = self.run.look(), mmap.mmap(-1, 3)
         self.children = processes.fork(self.run.ranks, self.run.log, self._work)
         self.statuses: dict[int, int] = {}
+        self.ends = set[int](ENDS)
 
     def _work(self, rank: int) -> None:
         save = checkpoint.save
@@ -114,7 +115,9 @@ class Life:
         return True
 
     def end(self, number: signal.Signals, victims: Sequence[int]) -> None:
-        """Send it to some; the others must leave by themselves."""
+        """Send it to some; the others must leave by themselves, with an error where they lost a process."""
+        if number == signal.SIGKILL:
+            self.ends |= {-number, *([EnvironmentFault.exit_code] if len(victims) < self.run.ranks else [])}
         for rank in victims:
             if self.children[rank] not in self.statuses:
                 os.kill(self.children[rank], number)
@@ -128,13 +131,15 @@ class Life:
             self.statuses |= processes.wait(left, LEAVING)
             self.run.problems.append(f"hang: {len(left)} processes are still there after {seconds:g} s")
         codes = [os.waitstatus_to_exitcode(status) for status in self.statuses.values()]
-        if not set(codes) <= set(ENDS):
+        if not set(codes) <= self.ends:
             said = self.run.log.read_text(errors="replace").strip().splitlines()[-1:]
             self.run.problems.append(f"refused: {codes} {' '.join(said)}")
         self.run.judge(self.before, finished=False)
 
 
-def soak(content: dict[str, Any], minutes: float, seed: int, folder: Path) -> tuple[str, list[str]]:
+def soak(
+    content: dict[str, Any], minutes: float, seed: int, folder: Path, least: int = 0
+) -> tuple[dict[str, int], str, list[str]]:
     """Let two runs of a config go on side by side, and let faults come over one of them.
 
     Args:
@@ -142,15 +147,16 @@ def soak(content: dict[str, Any], minutes: float, seed: int, folder: Path) -> tu
         minutes: how long, beside what the troubled run needs to catch up.
         seed: of the faults.
         folder: where to work.
+        least: faults that must happen, however long it takes.
 
     Returns:
-        What was done, and what is wrong, a line each.
+        How often each fault happened, what was done, and what is wrong, a line each.
     """
     at = {"minutes": SAVES / 60, "frequency": 10**6, "fallback": str(folder / "fallback")}
     quiet, loud = (Ordeal({**content, "checkpoint": at}, folder / name, None) for name in ("quiet", "loud"))
     generator, deadline, happened = random.Random(seed), time.monotonic() + 60 * minutes, dict.fromkeys(FAULT, 0)
     alone, life = Life(quiet), Life(loud)
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or sum(happened.values()) < least:
         alive = life.starts() and _both(alone, life, generator.uniform(*FAULTS))
         if alive:
             kind = generator.choice(list(FAULT))
@@ -169,7 +175,7 @@ def soak(content: dict[str, Any], minutes: float, seed: int, folder: Path) -> tu
     problems += problem
     said = ", ".join(f"{count} {kind}" for kind, count in happened.items())
     steps = max(valid_steps(quiet.saved))
-    return f"{minutes:g} minutes, {steps} steps, {said}: {grown}", problems
+    return happened, f"{minutes:g} minutes, {steps} steps, {said}: {grown}", problems
 
 
 def judged(usage: Usage) -> tuple[str, list[str]]:
@@ -239,6 +245,7 @@ def _damage(life: Life, generator: random.Random) -> bool:
 def _fill(life: Life, generator: random.Random) -> bool:
     """Longer than three saves it ends the run."""
     life.board[FULL] = 1
+    life.ends.add(EnvironmentFault.exit_code)
     alive = life.pass_time(generator.uniform(0.5, 4) * SAVES)
     life.board[FULL] = 0
     if not alive:

@@ -34,7 +34,7 @@ class KNNConfig:
                     if value is not None and value < 1]
         if not self.k:
             problems.append("k must list at least one number of neighbours")
-        if self.max_train is not None and (many := [k for k in self.k if k > self.max_train]):
+        if self.enabled and self.max_train is not None and (many := [k for k in self.k if k > self.max_train]):
             problems.append(f"k={many} is more than max_train={self.max_train}")
         if self.temperature <= 0:
             problems.append(f"temperature must be positive, got {self.temperature}")

@@ -10,6 +10,7 @@ import numpy as np
 import torchvision.datasets
 from filelock import FileLock
 
+from solo.console import say
 from solo.data.cifar20 import superclasses
 from solo.data.config import DataConfig
 from solo.data.decoding import convert_channels
@@ -103,7 +104,7 @@ def _add(
 
 def _embedded(draw: Callable[[bool], ArraySource]) -> Opener:
     def open(config: DataConfig, train: bool) -> Source:
-        _no_path(config)
+        _say_no_path(config, train)
         source = draw(train)
         source.images = convert_channels(source.images, config.in_chans or 3)
         return source
@@ -111,14 +112,15 @@ def _embedded(draw: Callable[[bool], ArraySource]) -> Opener:
     return open
 
 
-def _no_path(config: DataConfig) -> None:
-    for key in ("train_path", "val_path"):
-        if (path := getattr(config, key)) is not None:
-            raise ConfigError(f"data.{key}={path}, but data.dataset={config.dataset} is drawn, not read from there")
+def _say_no_path(config: DataConfig, train: bool) -> None:
+    """A recipe's paths stay where only its dataset is exchanged."""
+    key = "train_path" if train else "val_path"
+    if (path := getattr(config, key)) is not None:
+        say(f"note: data.{key}={path} is not read: data.dataset={config.dataset} is drawn")
 
 
 def _fake(config: DataConfig, train: bool) -> Source:
-    _no_path(config)
+    _say_no_path(config, train)
     n = (config.train_size or 1024) if train else 256
     return FakeSource(n, config.size or 32, config.classes, config.in_chans or 3, seed=1 if train else 2)
 

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from solo import pairs
 from solo.config import bind, plain
 from solo.console import say
 from solo.data.bad import AgreedCount
@@ -25,6 +26,7 @@ from solo.eval.prepare import data_config, data_module
 from solo.eval.results import record, run_directory, show, writable
 from solo.export import Pretrained, load
 from solo.files import write_file
+from solo.optim import scaled_lr
 
 
 def evaluate_linear(
@@ -43,7 +45,7 @@ def evaluate_linear(
     Raises:
         ConfigError: wrong keys, no such checkpoint, or images that do not suit it.
     """
-    config = _bound(values, trainer_arguments)
+    config, processes = _bound(values, trainer_arguments)
     source = load(config.checkpoint, config.backbone)
     pl.seed_everything(config.seed, verbose=False)
     images = data_config(source, config.data)
@@ -53,6 +55,7 @@ def evaluate_linear(
     if data.batch_size < config.optimizer.batch_size:
         say(f"{data.batch_size} images: one batch an epoch, optimizer.batch_size={config.optimizer.batch_size} is more")
         config.optimizer.batch_size = data.batch_size
+    _suits(config, len(data.selected), data.batch_size * processes)
     name = ("finetune" if config.finetune else "linear") + (f"@{images.fraction:g}" if images.fraction < 1 else "")
     output = writable(config.output) or run_directory(source.path)
     model = Classifier(source.backbone, data.spec.classes, config).train()
@@ -72,7 +75,7 @@ def standard_view(size: int) -> View:
     return View(rrc=Crop(crop_min_scale=0.08, crop_max_scale=1.0), horizontal_flip=Chance(prob=0.5), crop_size=size)
 
 
-def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> LinearConfig:
+def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> tuple[LinearConfig, int]:
     trainer = {key: value for key, value in values.items() if key in trainer_arguments}
     own = {key: value for key, value in values.items() if key not in trainer_arguments}
     if "trainer" in own:
@@ -80,11 +83,21 @@ def _bound(values: dict[str, Any], trainer_arguments: Collection[str]) -> Linear
     if trainer.get("limit_val_batches") == 0:
         raise ConfigError("limit_val_batches=0 leaves nothing to evaluate on")
     config = bind(LinearConfig, own, also_known=trainer_arguments)
-    config.trainer, _ = settle({"max_epochs": MAX_EPOCHS, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
-    epochs = config.trainer["max_epochs"]
-    if not config.trainer.get("fast_dev_run") and epochs not in (None, -1) and (wrong := config.scheduler.too_long(epochs)):
+    config.trainer, processes = settle(
+        {"max_epochs": MAX_EPOCHS, "num_sanity_val_steps": 0, "enable_model_summary": False, **trainer})
+    if wrong := pairs.of_epochs(config.trainer, config.scheduler):
         raise ConfigError("\n".join(wrong))
-    return config
+    return config, processes
+
+
+def _suits(config: LinearConfig, images: int, global_batch: int) -> None:
+    """Refuse what so many images make impossible, and say what they leave without effect."""
+    trainer, batches = config.trainer, images // global_batch
+    if wrong := pairs.of_steps(trainer, config.scheduler, batches):
+        raise ConfigError("\n".join(wrong))
+    lr = scaled_lr(config.optimizer.lr, global_batch * trainer.get("accumulate_grad_batches", 1))
+    for note in pairs.idle(trainer, config.scheduler, batches, lr):
+        say(f"note: {note}")
 
 
 def _trainer(config: LinearConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:

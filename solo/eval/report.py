@@ -45,7 +45,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         problems = [f"{name} must be at least {least}, got {getattr(self, name)}" for name, least in
                     (("k", 1), ("max_train", 2), ("max_test", 1), ("points", 10), ("images", 1)) if getattr(self, name) < least]
-        if self.k > self.max_train:
+        if self.enabled and self.k > self.max_train:
             problems.append(f"k={self.k} is more than max_train={self.max_train}")
         if problems:
             raise ValueError("\n".join(problems))

@@ -141,7 +141,7 @@ def test_damaged_images_do_not_end_a_finished_run(tmp_path, caplog):
 
 
 def test_a_report_that_fails_is_a_line_and_no_end(tmp_path, monkeypatch, caplog):
-    make_folder(tmp_path / "images" / "train", {"a": 10, "b": 10}, size=(16, 16))
+    make_folder(tmp_path / "images" / "train", {"a": 8, "b": 8}, size=(16, 16))
     make_folder(tmp_path / "images" / "val", {"a": 4, "b": 4}, size=(16, 16), start=500)
 
     def fail(*_args):

@@ -1,0 +1,55 @@
+"""The observer of the kill campaigns finds what it looks for."""
+
+import json
+import mmap
+
+import pytest
+
+from solo import checkpoint, files
+from solo.bench.observer import Observer, Watch
+
+NEWEST = "step-000000002.ckpt"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of two checkpoints and their manifest."""
+    paths = [tmp_path / "saved" / name for name in ("step-000000001.ckpt", NEWEST)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    rows = [{"file": path.name, "sha256": files.digest(path)} for path in paths]
+    (tmp_path / "saved" / checkpoint.MANIFEST).write_text(json.dumps(rows))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder / checkpoint.MANIFEST).write_text('[{"file": "step'), "manifest: JSONDecodeError"),
+        (lambda folder: (folder / checkpoint.MANIFEST).write_text("[{}]"), "manifest: KeyError"),
+        (lambda folder: (folder / checkpoint.MANIFEST).unlink(), "manifest: gone"),
+        (lambda folder: (folder / NEWEST).unlink(), "too few: of"),
+        (lambda folder: (folder / NEWEST).write_bytes(b"other"), "too few: of"),
+    ],
+    ids=["nothing", "garbled", "another content", "missing", "one checkpoint missing", "one checkpoint damaged"],
+)
+def test_it_finds(folder, change, finding):
+    watch, over = Watch(folder), mmap.mmap(-1, 1)
+    over[0] = 1                                         # one look
+    assert watch.until(over) == "1"
+    change(folder)
+    _, *found = watch.until(over).splitlines()
+    assert len(found) == bool(finding) and all(line.startswith(finding) for line in found)
+
+
+def test_before_a_manifest_there_is_nothing_to_miss(tmp_path):
+    observer = Observer(tmp_path, tmp_path / "findings")
+    assert observer.end() == (0, [])
+
+
+def test_what_another_run_left_is_not_its_own(folder, tmp_path, monkeypatch):
+    (tmp_path / "findings").write_text("1000")
+    monkeypatch.setattr(Watch, "until", lambda self, board: 1 / 0)
+    assert Observer(folder, tmp_path / "findings").end() == (0, ["observer: ended before the run"])
