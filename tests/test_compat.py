@@ -117,7 +117,7 @@ offline: False
 """
 ON_CPU = [
     *("accelerator=cpu", "devices=1", "precision=32-true", "wandb.enabled=false", "max_epochs=1", "report.enabled=false"),
-    *("scheduler.warmup_epochs=1"),
+    "scheduler.warmup_epochs=1",
     *("data.dataset=fake", "data.train_path=null", "data.val_path=null", "data.num_workers=0", "data.train_size=64"),
     *("optimizer.batch_size=16", "backbone.kwargs={channels:[4,4,4,8],layers:[1,1,1,1]}"),
     *("method_kwargs.proj_hidden_dim=16", "method_kwargs.pred_hidden_dim=16", "method_kwargs.queue_size=64"),
