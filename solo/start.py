@@ -181,15 +181,15 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
 
 
 def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
-    """Two checkpoints must fit, one where the run has some already: a save ends before the oldest goes.
+    """Five checkpoints must fit, with those that the run has: two within an epoch, two of its end, one being written.
 
     Raises:
         EnvironmentFault: they do not.
     """
     tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
-    own = path is not None and path.resolve().is_relative_to(run_dir.resolve())
-    needed, free = size * (1 if own else 2), shutil.disk_usage(run_dir.parent).free
+    there = len(list(run_dir.glob("checkpoints/*.ckpt")))
+    needed, free = size * max(5 - there, 1), shutil.disk_usage(run_dir.parent).free
     if free < needed:
         raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
