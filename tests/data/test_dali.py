@@ -296,7 +296,7 @@ def test_an_epoch_left_early_shortens_no_other_and_nothing_is_left_over(tmp_path
         running.append(threads())
     assert lengths == [3, 1, 3, 3, 3, 3] and max(running[2:]) <= running[0]
     data.teardown("fit")
-    assert threads() == before
+    assert threads() <= before      # of other tests' threads some may end meanwhile
 
 
 def test_a_run_continues_within_an_epoch_to_the_bit(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_what_cannot_be_packed(images: Path, packed: Path, tmp_path: Path) -> No
     assert "exists: remove it" in told(ConfigError, images, packed)
     assert "does not exist" in told(ConfigError, tmp_path / "none", path)
     assert "has no validation part" in told(ConfigError, images, path, "--part", "val")
-    assert "does not hold encoded images" in told(ConfigError, images, path, "--dataset", "digits")
+    assert "is not kept encoded" in told(ConfigError, images, path, "--dataset", "digits")
     assert "--workers must be at least 1" in told(ConfigError, images, path, "--workers", 0)
     assert "unrecognized arguments: --workes" in told(ConfigError, images, path, "--workes", 0)
     with pytest.raises(ConfigError, match="image 0 is not kept encoded, so there is nothing to pack"):
