@@ -24,6 +24,13 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:    # the same of nohup
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whatever a test or a library it used has set: with more threads sums have other bits."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 class Golden(dict[str, torch.Tensor]):
     """Arrays of one golden file as tensors, and its parameters."""
 
