@@ -247,7 +247,9 @@ def test_an_answer_that_does_not_come_takes_nothing(tmp_path, monkeypatch):
             patch.setattr(os, "readlink", fails)
             lease.still_own(tmp_path / "run")
         lease.still_own(tmp_path / "run")
+        assert os.readlink(link(tmp_path / "run")) == own()
     lease.still_own(tmp_path / "never owned")
+    assert not os.path.lexists(link(tmp_path / "never owned"))
 
 
 def test_the_owner_gives_signs_of_life_and_leaves_alone_what_was_taken(tmp_path, monkeypatch):

@@ -108,8 +108,11 @@ def test_what_has_no_effect_trains(tmp_path, caplog):
 
 
 def test_what_is_switched_off_may_hold_anything(tmp_path):
-    off = {"knn": {"enabled": False, "max_train": 10}, "report": {"enabled": False, "max_train": 10}}
-    experiment(values("nnclr", tmp_path, **off))
+    for block in ("knn", "report"):
+        config = experiment(values("nnclr", tmp_path, **{block: {"enabled": False, "max_train": 10}}))
+        assert not getattr(config, block).enabled
+        with pytest.raises(ConfigError, match="max_train"):
+            experiment(values("nnclr", tmp_path, **{block: {"enabled": True, "max_train": 10}}))
 
 
 def test_a_recipe_trains_at_a_small_global_batch():
