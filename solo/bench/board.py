@@ -126,7 +126,6 @@ _HEAD = ("| id | what | ours | peer | ratio | goal | met |", "|---|---|---|---|-
 _MET, _MISSED = "#1f6fb4", "#e07b1a"
 
 
-
 def render(results: Path) -> Path:
     """Write README.md and ratios.png beside the results and return the page's path."""
     with results.open(newline="", encoding="utf-8") as file:
