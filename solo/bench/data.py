@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
@@ -143,8 +142,7 @@ def engine_work(job: Job, kernel: KernelName, batch_size: int, images: int) -> C
 
 def pil_work(job: Job, images: int) -> Callable[[], int]:
     """Batches of 64 through torchvision on PIL."""
-    pixels = _array(job)
-    baseline, slots = PILBaseline(job, lambda i: Image.fromarray(pixels[i])), _slots(job, 64)
+    baseline, slots = PILBaseline(job), _slots(job, 64)
     return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in islice(slots, images // 64))
 
 

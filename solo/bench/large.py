@@ -1,7 +1,6 @@
 """The bench of images above 64 px: what a core does for a GPU (``cpu``), and the whole recipe on cores (``all-cpu``)."""
 
 import argparse
-import io
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.looks import looks
@@ -48,7 +46,7 @@ def main(arguments: argparse.Namespace, data: DataModule, setting: str) -> None:
     rows = []
     for stage in [arguments.stage] if arguments.stage else STAGES:
         id, what = STAGES[stage]
-        whose, batch = _other(job, source, arguments.peer, stage)
+        whose, batch = _other(job, arguments.peer, stage)
         if arguments.peer:
             print(f"{what}: {looks_like(job, batch, stage)}", flush=True)
         found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, batch), arguments.pairs)
@@ -106,13 +104,13 @@ def engine_work(job: Job, finish: bool) -> Callable[[], int]:
     return lambda: sum(len(done(payload).index) for payload in engine.batches(slots(_BATCHES)))
 
 
-def _other(job: Job, source: FolderSource | TarSource, name: str | None, stage: str) -> tuple[str, Batches]:
+def _other(job: Job, name: str | None, stage: str) -> tuple[str, Batches]:
     """Whose way a stage is compared with, and the way: solo-learn's does not stop after the crops, a peer's does."""
     if name is not None:
         kind: Any = peer(name)
         other = kind(job, only_crops=stage == "cpu")
         return other.name, other.batch
-    return _COPIES, PILBaseline(job, lambda i: Image.open(io.BytesIO(source.encoded(i))).convert("RGB")).batch
+    return _COPIES, PILBaseline(job).batch
 
 
 def _work(job: Job, batch: Batches) -> Callable[[], int]:

@@ -85,12 +85,13 @@ def members(group: Any) -> list[bytes]:
 def read_number(file: Any, name: str) -> int | None:
     """An attribute that is a whole number, or ``None`` where there is none of that name."""
     h5py = library()
-    if not asked(file.attrs.__contains__, name):
+    attributes = asked(getattr, file, "attrs")
+    if not asked(attributes.__contains__, name):
         return None
     attribute = h5py.h5a.open(file.id, name.encode())
     if attribute.get_type().get_class() != h5py.h5t.INTEGER or attribute.get_space().get_simple_extent_ndims():
         raise ValueError(f"its attribute {name} is no number")
-    return int(asked(file.attrs.__getitem__, name))
+    return int(asked(attributes.__getitem__, name))
 
 
 def _judge(properties: Any) -> list[int]:
