@@ -1,6 +1,8 @@
 """E1-E3: epochs of a recipe in turn with epochs of the same recipe as solo-learn runs it, and how busy ours keep the GPU."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -10,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 
@@ -154,7 +155,7 @@ class Busy(pl.Callback):
         if self._profile is not None and batch_idx == last:
             now()
             self._profile.stop()
-            self.share = computing(self._profile.events())
+            self.share = computing(_events(self._profile))
             self._profile = None
 
     def _first(self, trainer: pl.Trainer) -> int:
@@ -162,17 +163,30 @@ class Busy(pl.Callback):
         return int(trainer.num_training_batches) // 10
 
 
-def computing(events: Iterable[Any]) -> float:
-    """The share of the time from the first to the last kernel in which one runs; of a CPU's operations where there is none."""
-    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-    computed = [event for event in kernels or events if not event.name.startswith(("Memcpy", "Memset"))]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in computed)
-    busy, end = 0.0, spans[0][0]
-    for begins, ends in spans:
+def computing(events: Sequence[dict[str, Any]]) -> float:
+    """The share of the time from the first to the last kernel in which one runs.
+
+    Args:
+        events: as ``torch.profiler`` writes them to a file, in microseconds; a CPU's operations count where no kernel ran.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {"kernel": [], "cpu_op": []}
+    for event in events:
+        if (kind := event.get("cat")) in spans:
+            spans[kind].append((event["ts"], event["ts"] + event["dur"]))
+    computed = sorted(spans["kernel"] or spans["cpu_op"])
+    busy, end = 0.0, computed[0][0]
+    for begins, ends in computed:
         busy += max(0.0, ends - max(begins, end))
         end = max(end, ends)
-    return busy / (end - spans[0][0])
+    return float(busy / (end - computed[0][0]))
+
+
+def _events(profiled: profile) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(file))
+        found: list[dict[str, Any]] = json.loads(file.read_bytes())["traceEvents"]
+    return found
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------

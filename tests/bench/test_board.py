@@ -110,7 +110,7 @@ def test_a_setting_is_the_row_and_a_default_is_what_it_stands_for(tmp_path):
     ("E1", "nnclr, CIFAR-10 recipe, epochs in turn (wall)", "solo-learn's pipeline and step, 16 workers", [1.5]),
     ("E1", "nnclr, CIFAR-10 recipe, epochs in turn (wall)", "solo-learn's pipeline and step, 8 workers", []),
     ("E2", "all4one, CIFAR-10 recipe, epochs in turn (wall)", "solo-learn's pipeline and step, 4 workers", [3]),
-    ("E3", "nnclr, ResNet-50 at 224 px, from JPEGs, epochs in turn (wall)", "solo-learn's pipeline and step, 16 workers", [1.4]),
+    ("E3", "nnclr, ResNet-50 at 224 px, from JPEGs, epochs in turn", "solo-learn's pipeline and step, 16 workers", [1.4]),
     ("ES", "nnclr, step on synthetic images of 224 px, resnet50, batch 256 (E3)", "as published", [1.05]),
     ("D5", "all on the CPU", "DALI on the CPU", []),
     ("D5", "all on the CPU", "solo-learn's pipeline", [3]),
