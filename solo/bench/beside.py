@@ -22,6 +22,7 @@ from solo.bench.device import compare
 from solo.bench.epochs import RECIPES, UNJUDGED, EpochClock, now
 from solo.bench.measure import Comparison, Row, row
 from solo.bench.recipe import Step, Update
+from solo.bench.step import correctness
 from solo.config import load
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
@@ -194,6 +195,7 @@ def _events(profiled: profile) -> list[dict[str, Any]]:
 
 def small(id: str, method: str, overrides: list[str], device: str, rounds: int) -> list[Row]:
     """E1 and E2: a CIFAR-10 recipe."""
+    print(correctness(method), flush=True)
     workers = sorted({worker_count(wanted) for wanted in WORKERS}) if device == "cuda" else [0]
     return _epochs(id, f"{method}, CIFAR-10 recipe", RECIPES / f"{method}.yaml", overrides, device, workers, rounds)
 

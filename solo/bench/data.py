@@ -18,7 +18,7 @@ import torch
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
-from solo.bench.looks import looks
+from solo.bench.looks import looks, shown
 from solo.bench.measure import Row, alternate, rate, row, table, told, write
 from solo.bench.peers import PEERS, Peer, peer
 from solo.config import load
@@ -161,7 +161,8 @@ def against(data: DataModule, other: Peer, pairs: int) -> Row:
     job, kernel = data.job, data.config.kernel
     slot = next(_slots(job, _LOOKED_AT))
     ours = next(SmallEngine(job).batches([slot])).batch.views
-    print(looks(ours, other.batch(slot.samples)), flush=True)
+    a, b = (shown(views, job.mean, job.std) for views in (ours, other.batch(slot.samples)))
+    print(looks(a, b, _array(job)[slot.samples]), flush=True)
     slots = _slots(job, 256)
     count = other.images // 256
     found = alternate(

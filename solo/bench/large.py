@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from solo.bench.baselines.pil import PILBaseline
-from solo.bench.looks import looks
+from solo.bench.looks import looks, shown
 from solo.bench.measure import alternate, row, table, write
 from solo.bench.peers import peer
 from solo.data.engines import Job, Payload, Slot
@@ -84,8 +84,9 @@ def looks_like(job: Job, batch: Batches, stage: str) -> str:
     theirs = [batch(slot.samples) for slot in slots]
     if stage == "cpu":
         theirs = [[crops.permute(0, 3, 1, 2) for crops in views] for views in theirs]
-    a, b = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (ours, theirs))
-    return looks(a, b)
+    mean, std = ((0.0,), (1 / 255,)) if stage == "cpu" else (job.mean, job.std)
+    a, b = (shown([torch.cat(parts) for parts in zip(*batches, strict=True)], mean, std) for batches in (ours, theirs))
+    return looks(a, b, [job.source.load(int(i)) for slot in slots for i in slot.samples])
 
 
 def _slots(job: Job) -> Callable[[int], list[Slot]]:
