@@ -59,7 +59,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     kernel.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one .npz of encoded images (data.dataset=npz)")
     parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar, 5,120 or more (data.dataset=tar)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left, and all of it in a second call")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")
     parser.add_argument("--method", choices=METHODS, default="nnclr", help="of the training")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes, e.g. checkpoint.dir=...")
     return parser.parse_intermixed_args(argv)
