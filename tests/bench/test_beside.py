@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solo.bench import beside
+from solo.bench import beside, step
+from solo.bench.baselines import step as published
 from solo.bench.beside import Turns, computing
 from solo.errors import ConfigError
 from tests.conftest import ROOT
@@ -55,6 +56,14 @@ def test_a_precision_that_the_published_step_has_not(monkeypatch):
         beside.Published(SimpleNamespace(trainer={"precision": "16-mixed"}), None, 0, "cpu")
 
 
+def test_the_published_step_is_held_to_ours(monkeypatch):
+    assert "differs by" in step.correctness("nnclr", beside._TINY)
+    nce = published._nce
+    monkeypatch.setattr(published, "_nce", lambda *words: 1.1 * nce(*words))
+    with pytest.raises(AssertionError, match="nnclr: the update differs by"):
+        step.correctness("nnclr", beside._TINY)
+
+
 def jpegs(path: Path, count: int) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (count, 40, 48, 3), np.uint8)
     with tarfile.open(path, "w") as archive:
@@ -70,7 +79,7 @@ def jpegs(path: Path, count: int) -> Path:
 @pytest.mark.slow
 def test_rows_of_both_sizes(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(beside, "correctness", str)             # has a test of its own
+    monkeypatch.setattr(beside, "correctness", str)             # see above
     npz(tmp_path / "data" / "cifar10.npz", 40, 40)
     tiny = [*TINY, f"checkpoint.dir={tmp_path / 'runs'}", "data.num_workers=0"]
     cifar = ["data.dataset=npz", f"data.train_path={tmp_path / 'data' / 'cifar10.npz'}"]
