@@ -39,7 +39,7 @@ _LARGE = "scripts/pretrain/imagenet-100/nnclr.yaml"
 _IMAGES = 20 * 256          # of an epoch at 224 px
 _PROFILED = 50              # steps
 _PRECISIONS = {"bf16-mixed": torch.bfloat16, "32-true": torch.float32}
-_TINY = BackboneConfig(kwargs={"channels": [4, 4, 4, 8], "layers": [1, 1, 1, 1]})
+_TINY = BackboneConfig(kwargs={"channels": [16, 16, 16, 32], "layers": [1, 1, 1, 1]})
 
 
 # --- as the field runs it -----------------------------------------------------------------------------------------------

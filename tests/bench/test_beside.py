@@ -56,6 +56,7 @@ def test_a_precision_that_the_published_step_has_not(monkeypatch):
         beside.Published(SimpleNamespace(trainer={"precision": "16-mixed"}), None, 0, "cpu")
 
 
+@pytest.mark.slow
 def test_the_published_step_is_held_to_ours(monkeypatch):
     assert "differs by" in step.correctness("nnclr", beside._TINY)
     nce = published._nce
