@@ -22,7 +22,7 @@ test: env
 test-fast: env
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-# All that is measured on one GPU, about 8 minutes: make bench-gpu ARGS="--data cifar10.npz --minutes 30"
+# All that is measured on one GPU: make bench-gpu ARGS="--data cifar10.npz --tar images.tar --minutes 30"
 bench-gpu: env
 	$(RUN) -m solo.bench gpu $(ARGS)
 

@@ -262,8 +262,6 @@ def _trainer(
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
 
 
-
-
 def main(values: dict[str, Any]) -> None:
     """``main_pretrain.py``: bind, train, say where things are."""
     quiet_libraries()

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_a_route_on_which_no_signal_arrives_is_found(truths, tmp_path, monkeypat
     ("name", "defect", "kinds"),
     [
         ("rank 1 of Lightning's launcher", ("agreed", lambda self, trainer, due: (self._signal, due)), {"hang"}),
-        ("one process", ("save", lambda self, trainer, last=False: None), {"not saved", "late"}),
+        ("one process", ("save", lambda self, trainer, last=False: None), {"not saved"}),
         ("one process", ("leave", lambda self, trainer, number: exit(0)), {"exit", "said"}),
     ],
     ids=["no agreement", "no save", "as if complete"],
@@ -81,11 +82,25 @@ def test_what_is_wrong_with_a_signal_is_found(truths, tmp_path, monkeypatch, nam
     from solo.callbacks.checkpoint import Checkpointer
 
     monkeypatch.setattr(routes, "GONE", 8.0)
-    monkeypatch.setattr(routes, "LIMIT", -1e6)
     monkeypatch.setattr(Checkpointer if defect[0] == "save" else SignalGuard, *defect)
     content, truth = truths[ROUTES[name].ranks]
     _, problems = interrupt(name, signal.SIGTERM, 3 * truth.step_seconds, content, tmp_path / "run", truth)
     assert kinds <= {problem.split(":")[0] for problem in problems}, problems
+
+
+def test_an_answer_that_takes_long_is_late(truths, tmp_path, monkeypatch):
+    """The step in which it comes takes seconds, which is no excuse."""
+    note = SignalGuard._note
+
+    def slowly(self, *arguments):
+        time.sleep(4)
+        note(self, *arguments)
+
+    monkeypatch.setattr(routes, "LIMIT", 0.5)
+    monkeypatch.setattr(SignalGuard, "_note", slowly)
+    content, truth = truths[1]
+    _, problems = interrupt("one process", signal.SIGTERM, 3 * truth.step_seconds, content, tmp_path / "run", truth)
+    assert [problem.split(":")[0] for problem in problems] == ["late"], problems
 
 
 def test_two_ranks_go_on_from_some_steps(tmp_path):

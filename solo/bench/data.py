@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
-from solo.bench.looks import looks
+from solo.bench.looks import looks, shown
 from solo.bench.measure import Row, alternate, rate, row, table, told, write
 from solo.bench.peers import PEERS, Peer, peer
 from solo.config import load
@@ -143,8 +142,7 @@ def engine_work(job: Job, kernel: KernelName, batch_size: int, images: int) -> C
 
 def pil_work(job: Job, images: int) -> Callable[[], int]:
     """Batches of 64 through torchvision on PIL."""
-    pixels = _array(job)
-    baseline, slots = PILBaseline(job, lambda i: Image.fromarray(pixels[i])), _slots(job, 64)
+    baseline, slots = PILBaseline(job), _slots(job, 64)
     return lambda: sum(len(baseline.batch(slot.samples)[0]) for slot in islice(slots, images // 64))
 
 
@@ -163,7 +161,8 @@ def against(data: DataModule, other: Peer, pairs: int) -> Row:
     job, kernel = data.job, data.config.kernel
     slot = next(_slots(job, _LOOKED_AT))
     ours = next(SmallEngine(job).batches([slot])).batch.views
-    print(looks(ours, other.batch(slot.samples)), flush=True)
+    a, b = (shown(views, job.mean, job.std) for views in (ours, other.batch(slot.samples)))
+    print(looks(a, b, _array(job)[slot.samples]), flush=True)
     slots = _slots(job, 256)
     count = other.images // 256
     found = alternate(

@@ -1,8 +1,9 @@
 """``python -m solo.bench gpu`` (``make bench-gpu``): all that is measured on one GPU, in about ``--minutes``.
 
-Ceilings, correctness of the kernels, K1-K5, then with ``--data FILE.npz`` (CIFAR-10 as encoded images) E1 and E2 and, in the
-time that is left, a CIFAR-10 training whose schedule is as long as fits. Rows are written as they come; what the results file
-has for this revision, this hardware and this torch is not measured again, and a training that was cut off goes on.
+Ceilings, correctness of the kernels, K1-K5; with ``--data FILE.npz`` (CIFAR-10 as encoded images) E1 and E2; E3 on synthetic
+images, and with ``--tar FILE.tar`` from JPEGs; and in the time that is left a CIFAR-10 training whose schedule is as long as
+fits. Rows are written as they come; what the results file has for this revision, this hardware and this torch is not measured
+again, and a training that was cut off goes on.
 """
 
 import argparse
@@ -12,9 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from solo.bench import kernel
+from solo.bench import beside, kernel
 from solo.bench.device import clocks
-from solo.bench.epochs import board, speed
+from solo.bench.epochs import board
 from solo.bench.measure import Row, provenance, table, told, write
 from solo.errors import ConfigError, Parser
 
@@ -28,14 +29,22 @@ def main(argv: list[str]) -> None:
     arguments = _arguments(argv)
     device, scale, path = kernel.settled(arguments)
     began = time.monotonic()
-    overrides = _overrides(arguments, device)
+    place = [] if device == "cuda" else ["accelerator=cpu"]
+    overrides = [*_cifar(arguments.data), *place, *arguments.overrides]
     stages = list(kernel.stages(device, scale))
     if arguments.data is not None:
-        stages += [("E1", partial(speed, "E1", "nnclr", overrides)), ("E2", partial(speed, "E2", "all4one", overrides))]
+        for id, method in (("E1", "nnclr"), ("E2", "all4one")):
+            stages.append((id, partial(beside.small, id, method, overrides, device, scale.pairs)))
+    stages.append(("ES", partial(beside.synthetic, device, scale.pairs)))
+    if arguments.tar is not None:
+        where = [*place, *arguments.overrides]
+        stages.append(("E3", partial(beside.large, _file("--tar", arguments.tar), where, device, scale.pairs)))
     print(clocks() if device == "cuda" else "tiny sizes on a CPU: this shows that it runs, and nothing else", flush=True)
     rows: list[Row] = []
     for id, stage in stages:
-        rows += _once(id, stage, path, _setting(arguments.overrides) if id[0] == "E" else "")
+        rows += _once(id, stage, path, _setting(arguments.overrides) if id in ("E1", "E2", "E3") else "")
+    if arguments.tar is None:
+        print("no --tar: E3 from JPEGs is left out")
     if arguments.data is None:
         print("no --data: E1, E2 and the training are left out")
     else:
@@ -49,19 +58,21 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m solo.bench gpu", description=__doc__)
     kernel.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one .npz of encoded images (data.dataset=npz)")
+    parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar, 5,120 or more (data.dataset=tar)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")
     parser.add_argument("--method", choices=METHODS, default="nnclr", help="of the training")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes, e.g. checkpoint.dir=...")
     return parser.parse_intermixed_args(argv)
 
 
-def _overrides(arguments: argparse.Namespace, device: str) -> list[str]:
-    if arguments.data is None:
-        return []
-    if not arguments.data.is_file():
-        raise ConfigError(f"--data {arguments.data} is not a file")
-    where = [] if device == "cuda" else ["accelerator=cpu"]
-    return ["data.dataset=npz", f"data.train_path={arguments.data}", *where, *arguments.overrides]
+def _cifar(data: Path | None) -> list[str]:
+    return [] if data is None else ["data.dataset=npz", f"data.train_path={_file('--data', data)}"]
+
+
+def _file(option: str, path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{option} {path} is not a file")
+    return path
 
 
 def _setting(overrides: list[str]) -> str:
@@ -99,7 +110,7 @@ def _board(method: str, left: float, rows: list[Row], overrides: list[str], path
     plan = f"{method}: epochs of the training"
     setting = _setting(overrides)
     begun = [entry for entry in _kept(path, "EB", setting) if entry.what == plan]
-    slowest = max(entry.value for entry in rows if entry.unit == "s/epoch")
+    slowest = max(entry.value for entry in rows if entry.id in ("E1", "E2") and entry.unit == "s/epoch")
     epochs = int(begun[0].value if begun else left / (slowest * _VALIDATION))
     if epochs < _TOO_SHORT:
         print(f"{left:.0f} s are left, enough for {max(0, epochs)} epochs: too few, no training (--minutes gives more)")

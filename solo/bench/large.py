@@ -1,7 +1,6 @@
 """The bench of images above 64 px: what a core does for a GPU (``cpu``), and the whole recipe on cores (``all-cpu``)."""
 
 import argparse
-import io
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from solo.bench.baselines.pil import PILBaseline
-from solo.bench.looks import looks
+from solo.bench.looks import looks, shown
 from solo.bench.measure import alternate, row, table, write
 from solo.bench.peers import peer
 from solo.data.engines import Job, Payload, Slot
@@ -48,7 +46,7 @@ def main(arguments: argparse.Namespace, data: DataModule, setting: str) -> None:
     rows = []
     for stage in [arguments.stage] if arguments.stage else STAGES:
         id, what = STAGES[stage]
-        whose, batch = _other(job, source, arguments.peer, stage)
+        whose, batch = _other(job, arguments.peer, stage)
         if arguments.peer:
             print(f"{what}: {looks_like(job, batch, stage)}", flush=True)
         found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, batch), arguments.pairs)
@@ -86,8 +84,9 @@ def looks_like(job: Job, batch: Batches, stage: str) -> str:
     theirs = [batch(slot.samples) for slot in slots]
     if stage == "cpu":
         theirs = [[crops.permute(0, 3, 1, 2) for crops in views] for views in theirs]
-    a, b = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (ours, theirs))
-    return looks(a, b)
+    mean, std = ((0.0,), (1 / 255,)) if stage == "cpu" else (job.mean, job.std)
+    a, b = (shown([torch.cat(parts) for parts in zip(*batches, strict=True)], mean, std) for batches in (ours, theirs))
+    return looks(a, b, [job.source.load(int(i)) for slot in slots for i in slot.samples])
 
 
 def _slots(job: Job) -> Callable[[int], list[Slot]]:
@@ -106,13 +105,13 @@ def engine_work(job: Job, finish: bool) -> Callable[[], int]:
     return lambda: sum(len(done(payload).index) for payload in engine.batches(slots(_BATCHES)))
 
 
-def _other(job: Job, source: FolderSource | TarSource, name: str | None, stage: str) -> tuple[str, Batches]:
+def _other(job: Job, name: str | None, stage: str) -> tuple[str, Batches]:
     """Whose way a stage is compared with, and the way: solo-learn's does not stop after the crops, a peer's does."""
     if name is not None:
         kind: Any = peer(name)
         other = kind(job, only_crops=stage == "cpu")
         return other.name, other.batch
-    return _COPIES, PILBaseline(job, lambda i: Image.open(io.BytesIO(source.encoded(i))).convert("RGB")).batch
+    return _COPIES, PILBaseline(job).batch
 
 
 def _work(job: Job, batch: Batches) -> Callable[[], int]:

@@ -3,8 +3,8 @@
 import mmap
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from solo import checkpoint, files
 from solo.bench.leftovers import entries
@@ -25,8 +25,16 @@ class Observer:
         findings.unlink(missing_ok=True)
         self.process = os.fork()
         if not self.process:
-            with suppress(BaseException):
-                findings.write_text(Watch(folder).until(self.board))
+            self._watch(folder)
+
+    def _watch(self, folder: Path) -> NoReturn:
+        try:
+            try:
+                found = Watch(folder).until(self.board)
+            except Exception as error:
+                found = f"0\nobserver: {type(error).__name__}: {' '.join(str(error).split())}"
+            self.findings.write_text(found)
+        finally:
             os._exit(0)
 
     def end(self) -> tuple[int, list[str]]:

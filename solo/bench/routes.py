@@ -7,6 +7,7 @@ only their ``Popen`` is another. All else is as a user's command has it: process
 import mmap
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from solo.run import pretrain
 
 STARTING, GONE = 120.0, 60.0        # seconds to the first step, and after which a process that stays counts as hung
 TRIES = 3
-LIMIT = 5.0                         # seconds in which all must be gone, beside a step; longer where steps take longer
+LIMIT = 5.0                         # seconds in which all must be gone, beside a step; longer where steps took longer before
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,23 @@ def _interrupt(
     if run.losses.keys() == truth.losses.keys():
         return None
     run.problems += _verdict(run, status, number)
-    if took > (most := _most_seconds(run, truth)):
+    if took > (most := _most_seconds(run.trace, began, truth.step_seconds)):
         run.problems.append(f"late: gone after {took:.1f} s, more than {most:.1f}")
     run.life()
     return took, run.problems
 
 
-def _most_seconds(run: Ordeal, truth: Reference) -> float:
-    """In which a run must be gone, by its own slowest step: a machine with other work to do is not the run's fault."""
-    times = [time for _, _, time in RECORD.iter_unpack(run.trace.read_bytes())]
-    slowest = max((later - earlier for earlier, later in pairwise(times)), default=truth.step_seconds)
-    return LIMIT * max(1.0, slowest / truth.step_seconds) + slowest
+def _most_seconds(trace: Path, signalled: float, usual: float) -> float:
+    """In which a run must be gone, by its median step before the signal: how slow the machine is, not how slow the answer.
+
+    Args:
+        trace: of its steps.
+        signalled: when the signal came.
+        usual: seconds of a step of the run that nobody interrupts.
+    """
+    times = [time for _, _, time in RECORD.iter_unpack(trace.read_bytes()) if time < signalled]
+    step = statistics.median([later - earlier for earlier, later in pairwise(times)] or [usual])
+    return LIMIT * max(1.0, step / usual) + step
 
 
 def _verdict(run: Ordeal, status: int, number: signal.Signals) -> list[str]:

@@ -95,6 +95,18 @@ class Life:
         trace = Trace(self.board, os.open(self.run.traces[rank], os.O_WRONLY | os.O_APPEND))
         pretrain(self.run.config, [_StopAt(self.stop), trace])
 
+    @property
+    def over(self) -> bool:
+        """Whether all of its processes have been seen to end."""
+        return len(self.statuses) == len(self.children)
+
+    def steps_on(self) -> bool:
+        """Wait for its next step; whether it still lives."""
+        noted, deadline = self.run.trace.stat().st_size, time.monotonic() + PATIENCE
+        while self.pass_time(0.1) and self.run.trace.stat().st_size == noted and time.monotonic() < deadline:
+            pass
+        return not self.over
+
     def starts(self) -> bool:
         """Wait for its first step; whether it came to it."""
         deadline = time.monotonic() + PATIENCE
@@ -107,12 +119,12 @@ class Life:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.statuses |= processes.wait([child for child in self.children if child not in self.statuses], 0)
-            if len(self.statuses) == len(self.children):
+            if self.over:
                 return False
             if self.board[TRAINING] and self.children[0] not in self.statuses:
                 self.usage.look(self.children[0])
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
-        return True
+        return not self.over
 
     def end(self, number: signal.Signals, victims: Sequence[int]) -> None:
         """Send it to some; the others must leave by themselves, with an error where they lost a process."""
@@ -156,16 +168,17 @@ def soak(
     quiet, loud = (Ordeal({**content, "checkpoint": at}, folder / name, None) for name in ("quiet", "loud"))
     generator, deadline, happened = random.Random(seed), time.monotonic() + 60 * minutes, dict.fromkeys(FAULT, 0)
     alone, life = Life(quiet), Life(loud)
-    while time.monotonic() < deadline or sum(happened.values()) < least:
+    while not alone.over and (time.monotonic() < deadline or sum(happened.values()) < least):
         alive = life.starts() and _both(alone, life, generator.uniform(*FAULTS))
         if alive:
-            kind = generator.choice(list(FAULT))
-            happened[kind] += 1
-            alive = FAULT[kind](life, generator)
+            what, alive = FAULT[generator.choice(list(FAULT))](life, generator)
+            happened[what] += 1
         else:
             life.wait()
         if not alive:
             life = Life(loud)
+    if alone.over:
+        quiet.problems.append("refused: the quiet run has ended")
     life.starts()
     life.end(signal.SIGTERM, range(loud.ranks))
     alone.end(signal.SIGTERM, range(quiet.ranks))
@@ -191,9 +204,7 @@ def judged(usage: Usage) -> tuple[str, list[str]]:
 def _both(alone: Life, life: Life, seconds: float) -> bool:
     """Let both live, and look at both; whether the second still does."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not alone.pass_time(0.01):
-            alone.run.problems.append("refused: the quiet run has ended")
+    while time.monotonic() < deadline and alone.pass_time(0.01):
         if not life.pass_time(1.0):
             return False
     return True
@@ -221,38 +232,45 @@ def _unlike(quiet: Ordeal, loud: Ordeal) -> list[str]:
     return found + [f"different: {where} at the end" for where in places if where]
 
 
-# --- faults: each takes the life and says whether it still goes on -----------------------------------------------------
+# --- faults: each takes the life and says what happened to it, and whether it still goes on ----------------------------
+
+Fate = tuple[str, bool]
+KILLS, SIGNALS, DAMAGED, FULL_DISKS = "kills", "signals", "damaged checkpoints", "full disks"
 
 
-def _kill(life: Life, generator: random.Random) -> bool:
+def _kill(life: Life, generator: random.Random) -> Fate:
     ranks = range(life.run.ranks)
     life.end(signal.SIGKILL, generator.choice([ranks, [generator.choice(ranks)]]))
-    return False
+    return KILLS, False
 
 
-def _signal(life: Life, generator: random.Random) -> bool:
+def _signal(life: Life, generator: random.Random) -> Fate:
     life.end(signal.SIGTERM, [generator.randrange(life.run.ranks)])
-    return False
+    return SIGNALS, False
 
 
-def _damage(life: Life, generator: random.Random) -> bool:
+def _damage(life: Life, generator: random.Random) -> Fate:
+    """No more than a kill where there is no other checkpoint to go on from."""
     life.end(signal.SIGKILL, range(life.run.ranks))
-    if len(valid_steps(life.run.saved)) > 1:
-        life.run.flip()
-    return False
+    if len(valid_steps(life.run.saved)) < 2:
+        return KILLS, False
+    life.run.flip()
+    return DAMAGED, False
 
 
-def _fill(life: Life, generator: random.Random) -> bool:
-    """Longer than three saves it ends the run."""
+def _fill(life: Life, generator: random.Random) -> Fate:
+    """Longer than three saves it ends the run; one that makes a step after it has no reason to end."""
     life.board[FULL] = 1
     life.ends.add(EnvironmentFault.exit_code)
     alive = life.pass_time(generator.uniform(0.5, 4) * SAVES)
     life.board[FULL] = 0
-    if not alive:
-        life.wait()
-    return alive
+    if alive and life.steps_on():
+        life.ends.remove(EnvironmentFault.exit_code)
+        return FULL_DISKS, True
+    life.wait()
+    return FULL_DISKS, False
 
 
-FAULT: dict[str, Callable[[Life, random.Random], bool]] = {
-    "kills": _kill, "signals": _signal, "damaged checkpoints": _damage, "full disks": _fill,
+FAULT: dict[str, Callable[[Life, random.Random], Fate]] = {
+    KILLS: _kill, SIGNALS: _signal, DAMAGED: _damage, FULL_DISKS: _fill,
 }

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from solo.backbones import BackboneConfig
 from solo.batching import Mode
 from solo.bench import ranks
 from solo.bench.baselines.step import LoggedAtOnce
@@ -80,7 +81,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 # --- correctness ------------------------------------------------------------------------------------------------------
 
 
-def correctness(method: str) -> str:
+def correctness(method: str, backbone: BackboneConfig | None = None) -> str:
     """Both ways move the weights by the same in a step from the same start, whatever the way views are run.
 
     Raises:
@@ -89,7 +90,7 @@ def correctness(method: str) -> str:
     found = []
     sizes: dict[str, Any] = {"queue_size": 64, **({"dropout": 0.0} if method == "all4one" else {})}
     for mode in (None, "separate", "concat"):
-        step = Step(method, 8, mode, **sizes)
+        step = Step(method, 8, mode, backbone=backbone, **sizes)
         before = _weights(step)
         step()
         found.append(_weights(step) - before)

@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from solo.errors import EnvironmentFault
 
+T = TypeVar("T")
 MAX_PIXELS = 80_000_000
 # Only these of Pillow's formats, whatever a file is called: its EPS, for one, starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -61,11 +63,24 @@ def read_file(path: Path) -> bytes:
 
 
 def patiently(read: Callable[[], bytes], path: Path) -> bytes:
-    """What ``read`` returns of a file; an error that may pass is given three more tries.
+    """As `retried`, of an image.
 
     Raises:
         BadImage: it cannot be read.
         EnvironmentFault: this process may open no more files.
+    """
+    try:
+        return retried(read, path)
+    except OSError as error:
+        raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+
+
+def retried(read: Callable[[], T], path: Path) -> T:
+    """What ``read`` returns of a file; an error that may pass is given three more tries.
+
+    Raises:
+        EnvironmentFault: this process may open no more files.
+        OSError: any other.
     """
     for wait in (*_WAITS, None):
         try:
@@ -74,7 +89,7 @@ def patiently(read: Callable[[], bytes], path: Path) -> bytes:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error
             if error.errno not in _PASSING or wait is None:
-                raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+                raise
         time.sleep(wait)  # out of the block above, so that the error keeps no file
     raise AssertionError("unreachable")
 

@@ -16,6 +16,7 @@ import io
 import os
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,10 +24,21 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from solo.console import say
-from solo.data.decoding import BadImage, decode, patiently
-from solo.data.hdf5_content import BROKEN, library, members, read_image, read_number, reason, stored_size, text, vector_in
+from solo.data.decoding import BadImage, decode, patiently, retried
+from solo.data.hdf5_content import (
+    BROKEN,
+    asked,
+    library,
+    members,
+    read_image,
+    read_number,
+    reason,
+    stored_size,
+    text,
+    vector_in,
+)
 from solo.data.sources import Source, digest, printable, spread, stamp
-from solo.errors import ConfigError, DataError, SoloError
+from solo.errors import ConfigError, DataError
 
 MARK, COMPLETE = "solo_images", "complete"
 ARRAYS = {"offsets": ("i", "u"), "labels": ("i", "u"), "names": ("S",), "classes": ("S",)}  # numpy's letters of types
@@ -52,16 +64,14 @@ def open_hdf5(path: Path, in_chans: int, key: str) -> Source:
         if not h5py.is_hdf5(path):
             raise ConfigError(f"{key}={path} is no HDF5 file")
         with _opened(path, known) as file:
-            packed = MARK in file.attrs
-            others = [] if packed else [name for name in members(file) if not isinstance(file[name], h5py.Group)]
-            if others:
-                raise ConfigError(f"{key}={path}: {text(others[0])} is no group of images, and solo.data.pack did not write it")
+            packed = read_number(file, MARK) is not None
+            for name in () if packed else members(file):
+                if not isinstance(asked(file.__getitem__, name), h5py.Group):
+                    raise ConfigError(f"{key}={path}: {text(name)} is no group of images, and solo.data.pack did not write it")
             source = (PackedSource if packed else GroupedSource)(path, file, known, in_chans)
         if not len(source):
             raise ConfigError(f"{key}={path} holds no images: neither packed by solo.data.pack nor a group of them per class")
-    except SoloError:
-        raise
-    except Exception as error:  # h5py raises whatever the broken bytes lead it to
+    except (OSError, *BROKEN) as error:
         raise DataError(f"{key}={path} cannot be read: {reason(error)}") from error
     say(f"{path}: {len(source)} images, {f'{len(source.classes)} classes' if source.classes else 'without labels'}")
     return source
@@ -80,6 +90,7 @@ class _Closeable(Protocol):
 
 
 F = TypeVar("F", bound=_Closeable)
+T = TypeVar("T")
 
 
 class PerProcess(Generic[F]):
@@ -121,7 +132,7 @@ class PerProcess(Generic[F]):
         return {"_open": self._open, "_held": None, "_locks": {}}
 
 
-class _HDF5Source:
+class _HDF5Source(ABC):
     """What both layouts have in common."""
 
     labels: np.ndarray
@@ -138,8 +149,9 @@ class _HDF5Source:
         """The bytes of image i; `BadImage` where they cannot be read."""
         return patiently(lambda: self._read(i), self.path)
 
+    @abstractmethod
     def _read(self, i: int) -> bytes:
-        raise NotImplementedError
+        """As `encoded`, in one try; an error of the system's may pass."""
 
     def load(self, i: int) -> np.ndarray:
         return decode(self.encoded(i), self._in_chans)
@@ -164,7 +176,8 @@ class PackedSource(_HDF5Source):
         self.labels = arrays["labels"].astype(np.int64)
         self.classes = [text(name) for name in arrays["classes"]]
         self._names = arrays["names"]
-        vectors = [vector_in(file, f"bytes/{text(name)}", ("u1",), known[0]) for name in members(file["bytes"])]
+        parts = members(asked(file.__getitem__, "bytes"))
+        vectors = [vector_in(file, f"bytes/{text(part)}", ("u1",), known[0]) for part in parts]
         self._places, self._sizes = _places(arrays["offsets"].astype(np.int64), vectors, known[0])
         if not len(self.labels) == len(self._names) == len(self._sizes):
             raise ValueError("offsets, labels and names do not describe the same images")
@@ -196,15 +209,19 @@ class GroupedSource(_HDF5Source):
     def __init__(self, path: Path, file: Any, known: tuple[int, int], in_chans: int) -> None:
         super().__init__(path, known, in_chans, _opened)
         groups = members(file)
-        images = [members(file[name]) for name in groups]
+        images = [members(asked(file.__getitem__, name)) for name in groups]
         self.classes = [text(name) for name in groups]
         self.labels = np.repeat(np.arange(len(groups)), [len(names) for names in images])
         self._images = [group + b"/" + name for group, names in zip(groups, images, strict=True) for name in names]
 
     def _read(self, i: int) -> bytes:
+        return self._of(i, lambda dataset: read_image(dataset, self._known[0]))
+
+    def _of(self, i: int, question: Callable[[Any], T]) -> T:
+        """What ``question`` finds of the dataset of image i; `BadImage` where its bytes are wrong."""
         file = self.handle.get()
         try:
-            return read_image(self._dataset(file, i), self._known[0])
+            return question(asked(library().h5d.open, file.id, self._images[i]))
         except BROKEN as error:
             raise BadImage(reason(error)) from error
         except OSError as error:
@@ -213,9 +230,6 @@ class GroupedSource(_HDF5Source):
                 raise BadImage(reason(error)) from error
             raise
 
-    def _dataset(self, file: Any, i: int) -> Any:
-        return library().h5d.open(file.id, self._images[i])
-
     def name(self, i: int) -> str:
         return printable(f"{self.path}:{text(self._images[i])}")
 
@@ -223,12 +237,13 @@ class GroupedSource(_HDF5Source):
         return self._images, [self._size(i) for i in spread(list(range(len(self))))]
 
     def _size(self, i: int) -> int:
-        """Bytes as they are stored, or -1 where nobody can tell."""
+        """Bytes as they are stored, or -1 where the file is wrong and does not tell."""
         try:
-            file = self.handle.get()
-            return stored_size(self._dataset(file, i))
-        except (OSError, *BROKEN):
+            return retried(lambda: self._of(i, stored_size), self.path)
+        except BadImage:
             return -1
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {reason(error)}") from error
 
 
 def _checked(path: Path, known: tuple[int, int]) -> None:

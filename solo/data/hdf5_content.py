@@ -6,7 +6,8 @@ HDF5 itself would open other files, load plugins and let gzip fill the memory. `
 
 import re
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from solo.errors import EnvironmentFault
 
 _SPARE = 64 << 20  # bytes that a compressed image may grow by, besides twice its size
 _CHUNKS = 10_000  # of one image
-BROKEN = (RuntimeError, ValueError, LookupError, TypeError, zlib.error)  # by HDF5 and zlib, of wrong bytes; so is OSError
+BROKEN = (RuntimeError, ValueError, zlib.error)  # by HDF5 and zlib, of wrong bytes; so is OSError
+
+T = TypeVar("T")
 
 
 def library() -> Any:
@@ -39,6 +42,18 @@ def reason(error: Exception) -> str:
         return f"it was cut, or what wrote it was ended before: it ends at byte {cut[1]} of {cut[2]}"
     inner = re.search(r"^[Uu]nable to .*?\((.*)\)$", words)
     return (inner[1] if inner else words)[:200]
+
+
+def asked(question: Callable[..., T], *words: object) -> T:
+    """The answer of one call to h5py; its KeyError and TypeError are HDF5's words too, and nothing that is wrong with ours.
+
+    Raises:
+        ValueError: instead of these.
+    """
+    try:
+        return question(*words)
+    except (KeyError, TypeError) as error:
+        raise ValueError(reason(error)) from error
 
 
 def text(name: bytes) -> str:
@@ -70,12 +85,13 @@ def members(group: Any) -> list[bytes]:
 def read_number(file: Any, name: str) -> int | None:
     """An attribute that is a whole number, or ``None`` where there is none of that name."""
     h5py = library()
-    if name not in file.attrs:
+    attributes = asked(getattr, file, "attrs")
+    if not asked(attributes.__contains__, name):
         return None
     attribute = h5py.h5a.open(file.id, name.encode())
     if attribute.get_type().get_class() != h5py.h5t.INTEGER or attribute.get_space().get_simple_extent_ndims():
         raise ValueError(f"its attribute {name} is no number")
-    return int(file.attrs[name])
+    return int(asked(attributes.__getitem__, name))
 
 
 def _judge(properties: Any) -> list[int]:
@@ -102,14 +118,14 @@ def vector_in(file: Any, name: str, kinds: tuple[str, ...], limit: int) -> Any:
         ValueError: it is anything else.
     """
     h5py = library()
-    dataset = file[name]
+    dataset = asked(file.__getitem__, name)
     if not isinstance(dataset, h5py.Dataset):
         raise ValueError(f"{name} is no array")
     try:
         _judge(dataset.id.get_create_plist())
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    kind, shape = dataset.dtype, dataset.shape
+    kind, shape = asked(getattr, dataset, "dtype"), dataset.shape
     if not kind.str[1:].startswith(kinds) or shape is None or len(shape) != 1:
         raise ValueError(f"{name} is of another type: {kind} {shape}")
     if shape[0] and (dataset.chunks or dataset.id.get_offset() is None) or shape[0] * kind.itemsize > limit:

@@ -16,7 +16,7 @@ from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import COMPLETE, MARK, checksum
-from solo.data.hdf5_content import library
+from solo.data.hdf5_content import library, reason
 from solo.data.sources import Source, encoded, printable
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 from solo.files import replaced, sweep
@@ -70,7 +70,7 @@ def pack(source: Source, path: Path, names: list[str], workers: int = 1) -> None
 
     Raises:
         ConfigError: the images are not encoded.
-        DataError: an image's bytes cannot be read.
+        DataError: an image's bytes cannot be read, or its source fails otherwise.
         EnvironmentFault: the file cannot be written.
     """
     try:
@@ -88,8 +88,8 @@ def pack(source: Source, path: Path, names: list[str], workers: int = 1) -> None
                 file[name] = array.astype(utf8) if array.dtype.kind == "S" else array
             file.flush()
             file.attrs[COMPLETE] = checksum(**arrays)
-    except (OSError, RuntimeError) as error:  # HDF5 has both for a full disk
-        raise EnvironmentFault(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
+    except (OSError, RuntimeError) as error:  # HDF5 has both for a full disk; those of the reader are `DataError` by now
+        raise EnvironmentFault(f"{path} cannot be written: {reason(error)}") from error
 
 
 def _write_bytes(group: Any, source: Source, workers: int) -> list[int]:
@@ -109,8 +109,8 @@ def _write_bytes(group: Any, source: Source, workers: int) -> list[int]:
 def _content(source: Source, i: int) -> bytes:
     try:
         content = encoded(source, i)
-    except BadImage as error:
-        raise DataError(f"{source.name(i)} cannot be read, so nothing is packed: {error}") from error
+    except (BadImage, OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{source.name(i)} cannot be read, so nothing is packed: {reason(error)}") from error
     if content is None:
         raise ConfigError(f"image {source.name(i)} is not kept encoded, so there is nothing to pack")
     return content

@@ -1,14 +1,22 @@
 """Other programs are timed where they are installed, and only if their views look like ours."""
 
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from solo.bench import data, looks, measure
 from solo.bench.peers import PEERS
+from solo.data.config import DataConfig
+from solo.data.engines import Job, Slot
+from solo.data.engines.small import SmallEngine
+from solo.data.sources import ArraySource
+from solo.data.views import Chance
 from solo.errors import EnvironmentFault, NumericsError
 from tests.bench.test_board import found, page
+from tests.data.common import full_view, picture
 
 
 @pytest.mark.parametrize(("name", "needs"), [("kornia", "kornia"), ("opencv", "cv2"), ("ffcv", "cv2")])
@@ -25,10 +33,44 @@ def test_views_that_look_otherwise_are_refused():
     views = torch.randn(2, 512, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.randn(2, 512, 3, 1, 1, generator=torch.Generator().manual_seed(1))
     ours, theirs = [images[0] + views[0]], [images[0] + views[1]]
-    assert "correct" in looks.looks(ours, theirs)
+    pixels = [np.zeros((8, 8, 3), np.uint8)] * 512
+    assert "correct" in looks.looks(ours, theirs, pixels)
     for wrong in (theirs[0] + 0.3, 1.3 * theirs[0], views[1], theirs[0][..., :4]):
         with pytest.raises(NumericsError):
-            looks.looks(ours, [wrong])
+            looks.looks(ours, [wrong], pixels)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Views of 2,048 images under the recipe with these changes, and the images: of structure at every scale."""
+    draw = np.random.default_rng(0)
+    pixels = np.stack([picture(i, 32, 32) for i in range(256)]) // 2 + draw.integers(0, 128, (256, 32, 32, 3), np.uint8)
+    source = ArraySource(np.clip(pixels + np.arange(32, dtype=np.uint8)[:, None], 0, 255), np.zeros(256), ["a"])
+    samples = np.arange(2048) % 256
+
+    def views(seed=1, **changes):
+        job = Job(source, [replace(full_view(16), **changes)], (0.5,) * 3, (0.2,) * 3, seed, DataConfig(dataset="fake"))
+        return looks.shown(next(SmallEngine(job).batches([Slot(0, samples)])).batch.views, job.mean, job.std)
+
+    return views, views(), source.images[samples]
+
+
+@pytest.mark.parametrize(("changes", "trait"), [
+    ({"horizontal_flip": Chance(prob=0.0)}, "mirrored"),
+    ({"horizontal_flip": Chance(prob=1.0)}, "mirrored"),
+    ({"grayscale": Chance(prob=0.0)}, "grey"),
+    ({"gaussian_blur": Chance(prob=0.0)}, "sharp"),
+    ({"solarization": Chance(prob=0.0)}, "solarised"),
+    ({}, None),
+], ids=["no flip", "all mirrored", "no grey", "no blur", "no solarisation", "the same"])
+def test_an_operation_that_a_peer_leaves_out_is_found(drawn, changes, trait):
+    views, ours, images = drawn
+    theirs = views(seed=2, **changes)
+    if trait is None:
+        assert "grey, solarised, mirrored, sharp as ours are" in looks.looks(ours, theirs, images)
+    else:
+        with pytest.raises(NumericsError, match=f"view 1 is {trait} to "):
+            looks.looks(ours, theirs, images)
 
 
 def test_a_goal_may_be_the_peers(tmp_path):

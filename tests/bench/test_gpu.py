@@ -37,9 +37,10 @@ def test_without_a_gpu_one_line_and_no_dry_run_among_the_results(subject, dry, m
 def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
     gpu.main(["--device", "cpu", "--results", str(dry)])
     first = lines(dry)
-    assert [*dict.fromkeys(line["id"] for line in first)] == ["K0", "KC", "K1", "K2", "K3", "K4"]
+    assert [*dict.fromkeys(line["id"] for line in first)] == ["K0", "KC", "K1", "K2", "K3", "K4", "ES"]
     assert all(float(line["value"]) >= 0 for line in first)
-    assert "no --data: E1, E2 and the training are left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no --data: E1, E2 and the training are left out" in said and "no --tar: E3 from JPEGs is left out" in said
     gpu.main(["--device", "cpu", "--results", str(dry)])
     assert lines(dry) == first and "K4: in" in capsys.readouterr().out
 

@@ -2,6 +2,8 @@
 
 import json
 import mmap
+import os
+import signal
 
 import pytest
 
@@ -52,4 +54,11 @@ def test_before_a_manifest_there_is_nothing_to_miss(tmp_path):
 def test_what_another_run_left_is_not_its_own(folder, tmp_path, monkeypatch):
     (tmp_path / "findings").write_text("1000")
     monkeypatch.setattr(Watch, "until", lambda self, board: 1 / 0)
-    assert Observer(folder, tmp_path / "findings").end() == (0, ["observer: ended before the run"])
+    reason = "observer: ZeroDivisionError: division by zero"
+    assert Observer(folder, tmp_path / "findings").end() == (0, [reason])
+
+
+def test_an_observer_that_is_killed_is_no_observer(folder, tmp_path):
+    observer = Observer(folder, tmp_path / "findings")
+    os.kill(observer.process, signal.SIGKILL)
+    assert observer.end() == (0, ["observer: ended before the run"])

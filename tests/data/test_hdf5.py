@@ -335,6 +335,24 @@ def test_what_cannot_be_packed(images: Path, packed: Path, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"file", "x.tar"}
 
 
+@pytest.mark.parametrize("error", [OSError(5, "EIO"), RuntimeError("two\nlines"), ValueError(), BadImage("half")])
+def test_a_reader_that_fails_midway_leaves_no_file(
+    error: Exception, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FolderSource(images, 3, KEY)
+    read = source.encoded
+
+    def fails(i: int) -> bytes:
+        if i == 20:
+            raise error
+        return read(i)
+
+    monkeypatch.setattr(source, "encoded", fails)
+    with pytest.raises(DataError, match="cannot be read, so nothing is packed: .") as told:
+        pack.pack(source, tmp_path / "x.h5", [""] * 23, workers=4)
+    assert "\n" not in str(told.value) and source.name(20) in str(told.value) and not list(tmp_path.iterdir())
+
+
 def test_a_writer_that_is_killed_leaves_no_file_and_its_rest_is_removed(images: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     source = FolderSource(images, 3, KEY)

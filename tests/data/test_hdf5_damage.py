@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from solo.data import hdf5
+from solo.data import decoding, hdf5
 from solo.data.decoding import BadImage
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from tests.attacks.sandbox import MIB, confined
@@ -115,6 +115,42 @@ def test_a_bad_dataset_among_good_ones_is_a_bad_image(images: Path, tmp_path: Pa
     data = module(dataset="hdf5", train_path=str(path), max_bad_fraction=0.3, num_workers=0, engine="torchvision")
     assert [len(batch.index) for batch in data.clean_loader(train=True)] == [7, 6, 6]
     assert [name.split(":")[1] for name in data.bad.names] == ["a/0.jpg", "b/0002.png", "b/0003.png", "b/0005.png"]
+
+
+def test_a_mistake_of_ours_is_no_bad_image(images: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(group_per_class(images, tmp_path / "x.h5"))
+    for error in (KeyError("ours"), TypeError("ours")):
+
+        def mistaken(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(hdf5, "read_image", mistaken)
+        with pytest.raises(type(error), match="ours"):
+            source.encoded(0)
+        monkeypatch.setattr(hdf5, "checksum", lambda error=error, **_: mistaken(error=error))
+        with pytest.raises(type(error), match="ours"):
+            opened(packed)
+
+
+def test_a_size_that_cannot_be_asked_for_is_no_size(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(group_per_class(images, tmp_path / "x.h5"))
+    right, fails = source.listing(), [OSError(5, "EIO"), OSError(116, "ESTALE")]
+    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    size = hdf5.stored_size
+
+    def flaky(dataset: object) -> int:
+        if fails:
+            raise fails.pop()
+        return size(dataset)
+
+    monkeypatch.setattr(hdf5, "stored_size", flaky)
+    assert source.listing() == right and not fails
+    fails[:] = [OSError(13, "no permission")]
+    with pytest.raises(DataError, match="x.h5 cannot be read: .*no permission"):
+        source.listing()
+    fails[:] = [OSError("HDF5's own")]
+    _, (first, *rest) = source.listing()
+    assert first == -1 and rest == right[1][1:]
 
 
 # --- foreign code -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Augmentation as solo-learn does it: torchvision's version-1 transforms on PIL images, one image and view at a time."""
 
+import io
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from solo.data.engines import Job
+from solo.data.sources import ArraySource, Source, encoded
 from solo.data.views import SIGMA, View
+from solo.errors import ConfigError
 
 
 def _blur(image: Image.Image) -> Image.Image:
@@ -43,22 +46,28 @@ def compose(view: View, mean: tuple[float, ...], std: tuple[float, ...]) -> Call
     return transforms.Compose([*parts, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
-class PILBaseline:
-    """Batches of the same views of the same images.
-
-    Args:
-        open: image i as the field's dataset hands it over: from an array in memory as torchvision's CIFAR10 holds it, or
-            decoded by Pillow as its ImageFolder does.
+def opened(source: Source, i: int) -> Image.Image:
+    """Image i as the field's dataset hands it over: from an array in memory as torchvision's CIFAR10 holds it, or decoded by
+    Pillow as its ImageFolder does.
     """
+    if isinstance(source, ArraySource):
+        return Image.fromarray(source.images[i])
+    if (content := encoded(source, i)) is None:
+        raise ConfigError("solo-learn's pipeline is timed on images in memory or in files")
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
-    def __init__(self, job: Job, open: Callable[[int], Image.Image]) -> None:
-        self._open = open
+
+class PILBaseline:
+    """Batches of the same views of the same images, which `opened` hands over."""
+
+    def __init__(self, job: Job) -> None:
+        self._source = job.source
         self._views = [compose(view, job.mean, job.std) for view in job.views]
 
     def batch(self, samples: np.ndarray) -> list[Tensor]:
         """The views of these images, each [n, C, S, S]."""
         shown = []
         for i in samples:
-            image = self._open(int(i))
+            image = opened(self._source, int(i))
             shown.append([view(image) for view in self._views])
         return [torch.stack(view) for view in zip(*shown, strict=True)]

@@ -11,7 +11,7 @@ handed over as pixels. A JPEG that DALI cannot decode costs its graph; a new one
 what a batch looks like does not depend on those before it.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
@@ -96,7 +96,7 @@ class DaliEngine:
         self._pool.shutdown()
         self._graph = None
 
-    def _made(self, plan: Iterable[Slot]) -> Iterator[Payload]:
+    def _made(self, plan: Iterable[Slot]) -> Generator[Payload, None, None]:
         with closing(ahead((self._read(slot, self._image) for slot in plan), _AHEAD, "solo-dali-reader")) as batches:
             for read in batches:
                 yield self._payload(read)
