@@ -12,6 +12,7 @@ from solo.backbones import BackboneConfig
 from solo.batch import Batch
 from solo.batching import Mode, ViewBatching
 from solo.bench.baselines.step import LoopLARS, as_published
+from solo.compiling import compile_networks
 from solo.methods import METHODS, Method
 
 _LR, _DECAY = 0.4, 1e-5
@@ -25,11 +26,18 @@ class Step:
         batch: images.
         mode: how views are run; ``None`` for the whole step as the field writes it.
         precision: of the forward pass.
+        compiled: as with ``compile=true``.
         sizes: of ``method_kwargs``, else the published ones.
     """
 
     def __init__(
-        self, method: str, batch: int, mode: Mode | None, precision: torch.dtype = torch.float32, **sizes: float
+        self,
+        method: str,
+        batch: int,
+        mode: Mode | None,
+        precision: torch.dtype = torch.float32,
+        compiled: bool = False,
+        **sizes: float,
     ) -> None:
         torch.manual_seed(0)
         kind = METHODS[method]
@@ -42,6 +50,8 @@ class Step:
         else:
             self.model.each = ViewBatching(mode)
             self.optimizer = optim.LARS(groups, _LR, 0.9, eta=0.02, clip_lr=True, exclude_bias_n_norm=True)
+        if compiled:
+            compile_networks(self.model, torch.device("cpu"))
         views = [torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
         self.batch = Batch(views, torch.arange(batch) % 10, torch.arange(batch))
         self.precision = precision
