@@ -106,6 +106,6 @@ def test_a_processor_without_instructions_for_bfloat16_is_not_asked_for_it(monke
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for name, flag in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), flags, strict=True):
         monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
-    nearest._multiplies_bfloat16.cache_clear()
+    nearest.multiplies_bfloat16.cache_clear()
     assert nearest.wants_shadow(torch.zeros(nearest.LARGE, 1)) == any(flags)
-    nearest._multiplies_bfloat16.cache_clear()
+    nearest.multiplies_bfloat16.cache_clear()

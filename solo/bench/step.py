@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -30,7 +30,9 @@ from solo.bench.peers.checkout import Checkout, release
 from solo.bench.recipe import Step
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.metrics import MetricsLogger
+from solo.compiling import compile_networks
 from solo.errors import ConfigError, EnvironmentFault, NumericsError, Parser
+from solo.kernels.nearest import multiplies_bfloat16
 
 METHODS_MEASURED = ("nnclr", "all4one")
 _PEER = "as published"
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> None:
     if arguments.ranks:
         rows.append(ranks.pace(METHODS_MEASURED[0], arguments.batch, arguments.pairs))
     for method in chosen:
-        print(correctness(method), flush=True)
+        print(correctness(method, compiled=True), flush=True)
         rows += whole(method, arguments.batch, arguments.pairs)
     print(table(rows), flush=True)
     if not arguments.no_write:
@@ -81,16 +83,19 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 # --- correctness ------------------------------------------------------------------------------------------------------
 
 
-def correctness(method: str, backbone: BackboneConfig | None = None) -> str:
-    """Both ways move the weights by the same in a step from the same start, whatever the way views are run.
+def correctness(method: str, backbone: BackboneConfig | None = None, compiled: bool = False) -> str:
+    """Both ways move the weights by the same in a step from the same start, however views are run, also if ``compiled``.
 
     Raises:
         AssertionError: they do not.
     """
     found = []
     sizes: dict[str, Any] = {"queue_size": 64, **({"dropout": 0.0} if method == "all4one" else {})}
-    for mode in (None, "separate", "concat"):
+    ways: list[tuple[Mode | None, bool]] = [(None, False), ("separate", False), ("concat", False)]
+    for mode, faster in [*ways, ("separate", True)] if compiled else ways:
         step = Step(method, 8, mode, backbone=backbone, **sizes)
+        if faster:
+            compile_networks(step.model, torch.device("cpu"))
         before = _weights(step)
         step()
         found.append(_weights(step) - before)
@@ -255,12 +260,15 @@ def overhead(pairs: int) -> Row:
 def whole(method: str, batch: int, pairs: int) -> list[Row]:
     """S5: images per CPU second beside the step as published, and what the finite check takes of a step."""
     theirs, unit = Step(method, batch, None), "images/CPU-s"
+    ways = {f"float32, {mode}": Step(method, batch, mode) for mode in get_args(Mode)}
+    ways["float32, separate, compiled"] = compiled = Step(method, batch, "separate")
+    compile_networks(compiled.model, torch.device("cpu"))
+    if multiplies_bfloat16():
+        ways["bf16-mixed, separate"] = Step(method, batch, "separate", torch.bfloat16)
+    else:
+        print("bf16-mixed is left out: this processor has no instructions for it", flush=True)
     rows = []
-    for what, step in (
-        ("float32, separate", Step(method, batch, "separate")),
-        ("float32, concat", Step(method, batch, "concat")),
-        ("bf16-mixed, separate", Step(method, batch, "separate", torch.bfloat16)),
-    ):
+    for what, step in ways.items():
         rows.append(row("S5", f"{method}, {what}, batch {batch}", unit, _PEER, alternate(step, theirs, pairs)))
     return [*rows, _guard(theirs, rows[0].value, batch)]
 

@@ -186,11 +186,11 @@ def _block(queue: Tensor) -> int:
 
 def _bfloat16_is_fast(queue: Tensor) -> bool:
     """Whether bfloat16 is worth a look: many float32 rows, on a processor with instructions for it."""
-    return len(queue) >= LARGE and queue.dtype == torch.float32 and _multiplies_bfloat16()
+    return len(queue) >= LARGE and queue.dtype == torch.float32 and multiplies_bfloat16()
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """On x86 as the processor says: oneDNN says yes to any AVX-512, where a product in bfloat16 takes three times as long."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

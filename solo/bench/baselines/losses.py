@@ -44,8 +44,7 @@ def simclr(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
     first = dist.get_rank() * len(z) if dist.is_initialized() else 0
     similarity = torch.exp(z @ everyone.T / temperature)                                            # [n, M]
     same = indexes[:, None] == ids
-    positives = same.clone()
-    positives[:, first : first + len(z)].fill_diagonal_(False)
+    positives = same & (first + torch.arange(len(z))[:, None] != torch.arange(len(everyone)))
     positive = (similarity * positives).sum(1)
     negative = (similarity * ~same).sum(1)
     return -torch.log(positive / (positive + negative)).mean()
