@@ -101,14 +101,14 @@ def sweep(folder: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether this host runs a process of that number."""
+    """Whether this host runs a process of that number; one that has ended and awaits its parent runs no more."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:         # somebody else's
-        return True
-    return True
+        pass
+    return _facts(pid)[:1] not in (["Z"], ["X"])
 
 
 def birth(pid: int) -> str:
@@ -116,11 +116,16 @@ def birth(pid: int) -> str:
 
     Empty where the system does not say, or there is no such process.
     """
+    begun = _facts(pid)[19:20]          # ticks since the boot
+    return f"{_world()}.{begun[0]}" if begun else ""
+
+
+def _facts(pid: int) -> list[str]:
+    """The system's words on a process, from its state on (proc(5), ``stat``); none where it says nothing."""
     try:
-        begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]        # ticks since the boot
-    except (OSError, IndexError):
-        return ""
-    return f"{_world()}.{begun}"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _world() -> str:

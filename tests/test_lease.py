@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +64,30 @@ def test_what_the_dead_owned_is_taken_over(tmp_path):
     run_dir = experiment(content).run_dir(8)
     link(run_dir).symlink_to(f"{files.HOST}-{process.pid}")
     assert pretrain(experiment(content)).checkpoint.exists() and not link(run_dir).is_symlink()
+
+
+def test_a_killed_owner_whose_parent_has_not_asked_for_it_is_dead(tmp_path):
+    """It has its number, and began when it did, until then; what it was writing is swept as well."""
+    if not (child := os.fork()):
+        signal.pause()
+        os._exit(0)
+    folder = tmp_path / "run"
+    written = tmp_path / f".x.{files.HOST}-{child}.y.tmp"
+    try:
+        link(folder).symlink_to(f"{files.HOST}-{child}.{files.birth(child)}")
+        written.touch()
+        with pytest.raises(EnvironmentFault, match="belongs to process"):
+            owning(folder).__enter__()
+        assert written.exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)         # dead, and still there
+    try:
+        assert files.birth(child)
+        with owning(folder):
+            assert os.readlink(link(folder)) == own() and not written.exists()
+    finally:
+        os.waitpid(child, 0)
 
 
 def test_a_number_that_another_process_has_now_is_that_of_a_dead_one(tmp_path, living):
