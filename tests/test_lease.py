@@ -14,7 +14,8 @@ import pytest
 import pytorch_lightning as pl
 
 from solo import files, lease
-from solo.errors import EnvironmentFault
+from solo.data.bad import BadImages
+from solo.errors import DataError, EnvironmentFault
 from solo.experiment import experiment
 from solo.lease import owning
 from solo.run import build, pretrain
@@ -261,6 +262,43 @@ def test_a_folder_that_vanished_with_its_lease_was_taken_by_nobody(tmp_path):
         with pytest.raises(lease.Taken, match="its lease: elsewhere-7"):
             lease.still_own(folder)
     assert os.readlink(link(folder)) == "elsewhere-7"
+
+
+class Named:
+    def __len__(self):
+        return 100
+
+    def name(self, index):
+        return f"image {index}"
+
+
+@pytest.mark.parametrize("removed", ["run", "."], ids=["the run's", "that of all runs"])
+@pytest.mark.parametrize("first", ["an unreadable image", "a save"])
+def test_whoever_makes_a_vanished_folder_anew_the_run_stays_its_owner(tmp_path, removed, first):
+    folder = tmp_path / "runs" / "run"
+    images = BadImages(Named(), 1.0, folder)
+    with owning(folder):
+        folder.mkdir()
+        shutil.rmtree(folder.parent / removed)
+        if first == "a save":
+            lease.still_own(folder)
+        images.add([(3, "cut")])
+        lease.still_own(folder)
+        assert os.readlink(link(folder)) == own() and "image 3" in (folder / "bad_samples.jsonl").read_text()
+
+
+def test_a_job_that_was_taken_over_lists_no_images(tmp_path, caplog):
+    folder = tmp_path / "runs" / "run"
+    images = BadImages(Named(), 0.01, folder)
+    with owning(folder):
+        folder.mkdir()
+        taken_over(link(folder))
+        images.add([(3, "cut")])
+        assert not list(folder.iterdir())
+        with pytest.raises(DataError, match="the first: image 3, image 4"):     # not: listed in
+            images.add([(4, "cut")])
+    said = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert len(said) == 1 and "another job took" in said[0]
 
 
 def test_an_answer_that_does_not_come_takes_nothing(tmp_path, monkeypatch):
