@@ -61,14 +61,15 @@ def write_link(path: Path, target: str | Path) -> None:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder for oneself.
+    """Make a folder for oneself, in which nobody else can put a link that is written through, or a file that is read.
 
     Raises:
-        OSError: it cannot be made, or others may write to it.
+        OSError: it cannot be made, or others may write to it: it, or a link of its name, belongs to another user, or its
+            mode lets its group or all write, where the sticky bit does not help.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts, own = folder.stat(), os.getuid()
-    if facts.st_mode & stat.S_IWOTH or own not in (0, facts.st_uid):
+    owners = {folder.lstat().st_uid, folder.stat().st_uid}
+    if owners - {0, os.getuid()} or folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write to {folder}")
 
 
