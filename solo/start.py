@@ -85,7 +85,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     path = _choose(config, run_dir)
     if path is None:
         if config.checkpoint.enabled:
-            _check_room(run_dir, method, path)
+            _check_room(config, run_dir, method, path, trainer)
             _check_fallback(config)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
@@ -99,7 +99,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         raise ConfigError(f"{path} cannot be continued: {problem}")
     complete = _complete(content, trainer)
     if config.checkpoint.enabled and not complete:
-        _check_room(run_dir, method, path)
+        _check_room(config, run_dir, method, path, trainer)
         _check_fallback(config)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
@@ -212,16 +212,17 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
     return own
 
 
-def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
-    """Five checkpoints must fit, with those that the run has: two within an epoch, two of its end, one being written.
+def _check_room(config: Experiment, run_dir: Path, method: Method, path: Path | None, trainer: pl.Trainer) -> None:
+    """All that will lie in the run's folder must fit beside what does.
 
     Raises:
-        EnvironmentFault: they do not.
+        EnvironmentFault: it does not.
     """
     tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
     there = len(list(run_dir.glob("checkpoints/*.ckpt")))
-    needed, free = size * max(5 - there, 1), shutil.disk_usage(run_dir.parent).free
+    most = config.checkpoint.most(None if trainer.max_steps > 0 or trainer.max_epochs == -1 else trainer.max_epochs)
+    needed, free = size * max(most - there, 1), shutil.disk_usage(run_dir.parent).free
     if free < needed:
         raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 

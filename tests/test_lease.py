@@ -362,7 +362,7 @@ def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
     model = build(experiment(content))
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 5 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * size))
     with pytest.raises(EnvironmentFault) as caught:
         pretrain(experiment(content))
     (line,) = str(caught.value).splitlines()
