@@ -142,12 +142,10 @@ def alike(
     (first, processor, sums), problems = everyone[0], []
     for other, (theirs, another, others) in enumerate(everyone):
         differ = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
-        if differ == [_WEIGHTS]:
-            if another != processor and _near(sums, others):
-                say(f"note: rank {other} rounds the initial weights otherwise: {another} (rank 0: {processor})")
-                continue
-        elif _WEIGHTS in differ:            # they follow from the rest
-            differ.remove(_WEIGHTS)
+        differ = [key for key in differ if key != _WEIGHTS] or differ       # which follow from the rest
+        if differ == [_WEIGHTS] and another != processor and _near(sums, others):
+            say(f"note: rank {other} rounds the initial weights otherwise: {another} (rank 0: {processor})")
+            differ = []
         what = ", ".join(f"{key}={theirs.get(key)} (rank 0: {first.get(key)})" for key in differ[:5])
         problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
     if problems:
