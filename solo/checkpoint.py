@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1      # of what a checkpoint holds; a change that an older version could misread counts it up
+KEPT = 2        # newest ones of each kind that stay, of ends of epochs and of within one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,10 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
             f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
             f"first {broken[0]}; the last good checkpoint stays"
         )
+    others = _others(path.parent)
     sha256 = write_file(path, lambda file: _serialise(checkpoint, file))
     entry = _entry(path, sha256, checkpoint, keep)
-    _write_manifest(path.parent, [other for other in _others(path.parent) if other.file != path.name] + [entry])
+    _write_manifest(path.parent, [other for other in others if other.file != path.name] + [entry])
 
 
 def _entry(path: Path, sha256: str, checkpoint: Mapping[str, Any], keep: bool) -> Entry:
@@ -103,9 +105,12 @@ def _entry(path: Path, sha256: str, checkpoint: Mapping[str, Any], keep: bool) -
 
 
 def _others(folder: Path) -> list[Entry]:
-    """What a manifest names; of one that was garbled while its run went on, what can be read stands in for it."""
+    """What a manifest names; of one that was removed or garbled while its run went on, what can be read stands in for it."""
     try:
-        return manifest(folder)
+        entries = manifest(folder)
+        if entries or not any(folder.glob("*.ckpt")):
+            return entries
+        log.warning("%s is gone; it is made anew", folder / MANIFEST)
     except ConfigError as error:
         log.warning("%s; it is made anew", error)
     try:
@@ -132,7 +137,7 @@ def _serialise(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def prune(folder: str | Path, newest: int = 2) -> None:
+def prune(folder: str | Path, newest: int = KEPT) -> None:
     """Remove all but those to keep, the newest at ends of epochs and the newest in the middle of one.
 
     The manifest forgets them first. The two kinds do not push each other out: saves in the middle of an epoch follow one

@@ -61,14 +61,15 @@ def write_link(path: Path, target: str | Path) -> None:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder for oneself.
+    """Make a folder for oneself, in which nobody else can put a link that is written through, or a file that is read.
 
     Raises:
-        OSError: it cannot be made, or others may write to it.
+        OSError: it cannot be made, or others may write to it: it, or a link of its name, belongs to another user, or its
+            mode lets its group or all write, where the sticky bit does not help.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts, own = folder.stat(), os.getuid()
-    if facts.st_mode & stat.S_IWOTH or own not in (0, facts.st_uid):
+    owners = {folder.lstat().st_uid, folder.stat().st_uid}
+    if owners - {0, os.getuid()} or folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write to {folder}")
 
 
@@ -101,14 +102,14 @@ def sweep(folder: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether this host runs a process of that number."""
+    """Whether this host runs a process of that number; one that has ended and awaits its parent runs no more."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:         # somebody else's
-        return True
-    return True
+        pass
+    return _facts(pid)[:1] not in (["Z"], ["X"])
 
 
 def birth(pid: int) -> str:
@@ -116,11 +117,16 @@ def birth(pid: int) -> str:
 
     Empty where the system does not say, or there is no such process.
     """
+    begun = _facts(pid)[19:20]          # ticks since the boot
+    return f"{_world()}.{begun[0]}" if begun else ""
+
+
+def _facts(pid: int) -> list[str]:
+    """The system's words on a process, from its state on (proc(5), ``stat``); none where it says nothing."""
     try:
-        begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]        # ticks since the boot
-    except (OSError, IndexError):
-        return ""
-    return f"{_world()}.{begun}"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _world() -> str:

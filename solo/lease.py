@@ -55,6 +55,9 @@ def owning(folder: Path) -> Iterator[None]:
 def still_own(folder: Path) -> None:
     """Before something is written to a folder: a job that was suspended may wake up after it was taken for dead.
 
+    Who takes over puts its own lease there, and removes that at its end: a folder without a lease has had another owner.
+    One that went away with its lease has not, so whoever makes a folder anew asks here first.
+
     Raises:
         Taken: this process owned it and does so no longer.
     """

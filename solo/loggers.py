@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 AGAIN = 300.0       # seconds between two warnings of one logger
 REST = 100          # times what a failure cost: so long a logger is left alone, and a server that is down costs 1 % of a run
-
+SERVERS = ("wandb", "mlflow", "comet")      # asked over a network; the others write files here, which nobody waits for
 
 WANDB = {"disable_code": True, "disable_git": True, "x_disable_meta": True, "console": "off", "init_timeout": 30}
 
@@ -30,7 +30,7 @@ def loggers(config: Experiment, run_dir: Path) -> list[Logger]:
         EnvironmentFault: a package is missing.
     """
     names = [*config.loggers, *(["wandb"] if config.wandb.enabled else [])]
-    return [Spared(name, _maker(name, config, run_dir)) for name in names]
+    return [Spared(name, _maker(name, config, run_dir), rests=name in SERVERS) for name in names]
 
 
 def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]:
@@ -59,26 +59,26 @@ def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]
 class Spared(Logger):
     """A logger whose failures cost lines of a log and never the run: a server that is down, a disk that is full.
 
-    After a failure that took a while, it is left alone for `REST` times as long, but not at the end; how many calls that
-    lost is said when it works again.
+    How many calls were lost is said when it works again, or else at the end.
 
     Args:
         title: how warnings call it.
         make: makes the logger; tried again at each report until it works.
+        rests: after a failure that took a while it is left alone for `REST` times as long, but not at the end.
     """
 
-    def __init__(self, title: str, make: Callable[[], Logger]) -> None:
+    def __init__(self, title: str, make: Callable[[], Logger], rests: bool) -> None:
         super().__init__()
-        self._title, self._make = title, make
+        self._title, self._make, self._rests = title, make, rests
         self._made: Logger | None = None
         self._lost, self._said, self._resting_until = 0, -AGAIN, -math.inf
         self._failing: set[str] = set()         # calls that failed and have not worked since
         self._warned = False                    # of these
         self._try("start", lambda made: None)
 
-    def _try(self, what: str, act: Callable[[Logger], Any], rests: bool = True) -> Any:
+    def _try(self, what: str, act: Callable[[Logger], Any]) -> Any:
         begun = time.monotonic()
-        if rests and begun < self._resting_until:
+        if self._rests and what != "finalize" and begun < self._resting_until:
             self._lost += 1
             return None
         try:
@@ -95,11 +95,14 @@ class Spared(Logger):
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
             return None
-        if self._warned and self._failing & {"start", what}:
-            log.warning("logger %s works again: %d calls were lost", self._title, self._lost)
-            self._lost, self._warned = 0, False
-            self._failing.clear()
+        worked, self._failing = self._failing & {"start", what}, self._failing - {"start", what}
+        if self._warned and worked and not self._failing:
+            self._say_lost(" works again")
         return found
+
+    def _say_lost(self, now: str) -> None:
+        log.warning("logger %s%s: %d calls were lost", self._title, now, self._lost)
+        self._lost, self._warned = 0, False
 
     @property
     def name(self) -> str | None:
@@ -128,4 +131,6 @@ class Spared(Logger):
         self._try("save", lambda made: made.save())
 
     def finalize(self, status: str) -> None:
-        self._try("finalize", lambda made: made.finalize(status), rests=False)     # there is no later
+        self._try("finalize", lambda made: made.finalize(status))
+        if self._lost:                  # there is no later
+            self._say_lost("")

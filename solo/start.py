@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from solo import checkpoint, continuing
 from solo.console import say
@@ -23,6 +26,7 @@ from solo.lease import owning
 from solo.methods import Method
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
+_WEIGHTS = "the initial weights"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     path = _choose(config, run_dir)
     if path is None:
         if config.checkpoint.enabled:
-            _check_room(run_dir, method, path)
+            _check_room(config, run_dir, method, path, trainer)
             _check_fallback(config)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
@@ -95,7 +99,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         raise ConfigError(f"{path} cannot be continued: {problem}")
     complete = _complete(content, trainer)
     if config.checkpoint.enabled and not complete:
-        _check_room(run_dir, method, path)
+        _check_room(config, run_dir, method, path, trainer)
         _check_fallback(config)
     own = path.resolve().parent.parent == run_dir.resolve()
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
@@ -115,6 +119,8 @@ def alike(
 ) -> None:
     """Hold every rank's config, code, torch, training images and initial weights against rank 0's.
 
+    Weights to the bit, but between processors of different kinds, where rounding is only noted.
+
     Args:
         config: this process's.
         device: see `gather_text`.
@@ -124,28 +130,52 @@ def alike(
     Raises:
         ConfigError: on rank 0, naming what differs; the others leave.
     """
+    state = method.state_dict() if method is not None and world_size() > 1 else {}
     facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
     facts["the list of training images"] = images
-    facts["the initial weights"] = _weights(method) if method is not None and world_size() > 1 else ""
-    text = json.dumps(facts, default=str)
-    digests = gather_text(hashlib.sha256(text.encode()).hexdigest(), device)
+    facts[_WEIGHTS] = _fingerprint(state)
+    digests = gather_text(hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest(), device)
     if digests == digests[:64] * (len(digests) // 64):
         return
-    everyone = [json.loads(line) for line in gather_text(text + "\n", device).splitlines()]
-    first, problems = everyone[0], []
-    for other, theirs in enumerate(everyone):
+    own = json.dumps([facts, _processor(), _sums(state)], default=str)
+    everyone = [json.loads(line) for line in gather_text(own + "\n", device).splitlines()]
+    (first, processor, sums), problems = everyone[0], []
+    for other, (theirs, another, others) in enumerate(everyone):
         differ = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+        differ = [key for key in differ if key != _WEIGHTS] or differ       # which follow from the rest
+        if differ == [_WEIGHTS] and another != processor and _near(sums, others):
+            say(f"note: rank {other} rounds the initial weights otherwise: {another} (rank 0: {processor})")
+            differ = []
         what = ", ".join(f"{key}={theirs.get(key)} (rank 0: {first.get(key)})" for key in differ[:5])
         problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
-    end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
+    if problems:
+        end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
 
 
-def _weights(method: torch.nn.Module) -> str:
-    """Fingerprint of a state dict: to the bit."""
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Of a state dict, to the bit."""
     digest = hashlib.sha256()
-    for name, value in method.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _sums(state: Mapping[str, Tensor]) -> list[tuple[float, float]]:
+    """Of each tensor its sum, and that of its absolute values."""
+    return [(float(value.double().sum()), float(value.double().abs().sum())) for value in state.values()]
+
+
+def _near(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> bool:
+    """Whether tensors of these sums may be one another's but for rounding, which is 1e-7 of a number in float32."""
+    if len(ours) != len(theirs):
+        return False
+    pairs = zip(ours, theirs, strict=True)
+    return all(max(abs(total - other), abs(size - its)) <= 1e-5 * size for (total, size), (other, its) in pairs)
+
+
+def _processor() -> str:
+    """What numbers are drawn on: each kind has instructions of its own, which round otherwise."""
+    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _code() -> str:
@@ -180,16 +210,17 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
     return own
 
 
-def _check_room(run_dir: Path, method: Method, path: Path | None) -> None:
-    """Five checkpoints must fit, with those that the run has: two within an epoch, two of its end, one being written.
+def _check_room(config: Experiment, run_dir: Path, method: Method, path: Path | None, trainer: pl.Trainer) -> None:
+    """All that will lie in the run's folder must fit beside what does.
 
     Raises:
-        EnvironmentFault: they do not.
+        EnvironmentFault: it does not.
     """
     tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
     there = len(list(run_dir.glob("checkpoints/*.ckpt")))
-    needed, free = size * max(5 - there, 1), shutil.disk_usage(run_dir.parent).free
+    most = config.checkpoint.most(None if trainer.max_steps > 0 or trainer.max_epochs == -1 else trainer.max_epochs)
+    needed, free = size * max(most - there, 1), shutil.disk_usage(run_dir.parent).free
     if free < needed:
         raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from solo import checkpoint, files
+from solo.callbacks.checkpoint import CheckpointConfig
 from solo.errors import ConfigError, EnvironmentFault, NumericsError
 
 
@@ -48,13 +49,34 @@ def test_saves_within_an_epoch_leave_those_of_its_end_alone(tmp_path):
     assert [(entry.step, entry.epoch_end) for entry in entries] == [(16, True), (24, True), (28, False), (29, False)]
 
 
-def test_a_manifest_garbled_while_a_run_goes_on_is_made_anew(tmp_path, caplog):
+@pytest.mark.parametrize("keep_prev", [False, True])
+@pytest.mark.parametrize(("epochs", "frequency"), [(1, 1), (2, 1), (4, 1), (5, 2)])
+def test_no_more_lie_there_than_room_was_made_for(tmp_path, monkeypatch, epochs, frequency, keep_prev):
+    """Four saves an epoch, the last of them at its end: each end may be saved, by a signal or where the run ends."""
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
+    most = 0
+    for step in range(1, 4 * epochs + 1):
+        epoch, end = (step - 1) // 4 + 1, step % 4 == 0
+        loops = {"fit_loop": {"epoch_progress": {"current": {"started": epoch, "processed": step // 4}}}}
+        keep = end and keep_prev and epoch % frequency == 0
+        if not keep_prev or keep or not end or epoch == epochs:
+            checkpoint.save({**content(step), "loops": loops}, tmp_path / f"step-{step:02d}.ckpt", keep)
+            most = max(most, len(list(tmp_path.glob("*.ckpt"))))
+            checkpoint.prune(tmp_path)
+    assert most == CheckpointConfig(frequency=frequency, keep_prev=keep_prev).most(epochs)
+
+
+@pytest.mark.parametrize("text", [None, "[{"], ids=["removed", "garbled"])
+def test_a_manifest_lost_while_a_run_goes_on_is_made_anew(tmp_path, caplog, text):
     for step in (1, 2):
         checkpoint.save(content(step), tmp_path / f"step-{step}.ckpt")
-    (tmp_path / checkpoint.MANIFEST).write_text("[{")
+    path = tmp_path / checkpoint.MANIFEST
+    assert not caplog.text
+    path.unlink() if text is None else path.write_text(text)
     checkpoint.save(content(3), tmp_path / "step-3.ckpt")
     assert [entry.step for entry in checkpoint.manifest(tmp_path)] == [1, 2, 3]
-    assert "is not a manifest of checkpoints" in caplog.text
+    assert all(checkpoint.digest(tmp_path / entry.file) == entry.sha256 for entry in checkpoint.manifest(tmp_path))
+    assert str(path) in caplog.text and "it is made anew" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["write", "replace", "manifest"])

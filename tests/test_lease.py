@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import pytest
 import pytorch_lightning as pl
 
 from solo import files, lease
-from solo.errors import EnvironmentFault
+from solo.data.bad import BadImages
+from solo.errors import DataError, EnvironmentFault
 from solo.experiment import experiment
 from solo.lease import owning
 from solo.run import build, pretrain
@@ -63,6 +65,30 @@ def test_what_the_dead_owned_is_taken_over(tmp_path):
     run_dir = experiment(content).run_dir(8)
     link(run_dir).symlink_to(f"{files.HOST}-{process.pid}")
     assert pretrain(experiment(content)).checkpoint.exists() and not link(run_dir).is_symlink()
+
+
+def test_a_killed_owner_whose_parent_has_not_asked_for_it_is_dead(tmp_path):
+    """It has its number, and began when it did, until then; what it was writing is swept as well."""
+    if not (child := os.fork()):
+        signal.pause()
+        os._exit(0)
+    folder = tmp_path / "run"
+    written = tmp_path / f".x.{files.HOST}-{child}.y.tmp"
+    try:
+        link(folder).symlink_to(f"{files.HOST}-{child}.{files.birth(child)}")
+        written.touch()
+        with pytest.raises(EnvironmentFault, match="belongs to process"):
+            owning(folder).__enter__()
+        assert written.exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)         # dead, and still there
+    try:
+        assert files.birth(child)
+        with owning(folder):
+            assert os.readlink(link(folder)) == own() and not written.exists()
+    finally:
+        os.waitpid(child, 0)
 
 
 def test_a_number_that_another_process_has_now_is_that_of_a_dead_one(tmp_path, living):
@@ -238,6 +264,43 @@ def test_a_folder_that_vanished_with_its_lease_was_taken_by_nobody(tmp_path):
     assert os.readlink(link(folder)) == "elsewhere-7"
 
 
+class Named:
+    def __len__(self):
+        return 100
+
+    def name(self, index):
+        return f"image {index}"
+
+
+@pytest.mark.parametrize("removed", ["run", "."], ids=["the run's", "that of all runs"])
+@pytest.mark.parametrize("first", ["an unreadable image", "a save"])
+def test_whoever_makes_a_vanished_folder_anew_the_run_stays_its_owner(tmp_path, removed, first):
+    folder = tmp_path / "runs" / "run"
+    images = BadImages(Named(), 1.0, folder)
+    with owning(folder):
+        folder.mkdir()
+        shutil.rmtree(folder.parent / removed)
+        if first == "a save":
+            lease.still_own(folder)
+        images.add([(3, "cut")])
+        lease.still_own(folder)
+        assert os.readlink(link(folder)) == own() and "image 3" in (folder / "bad_samples.jsonl").read_text()
+
+
+def test_a_job_that_was_taken_over_lists_no_images(tmp_path, caplog):
+    folder = tmp_path / "runs" / "run"
+    images = BadImages(Named(), 0.01, folder)
+    with owning(folder):
+        folder.mkdir()
+        taken_over(link(folder))
+        images.add([(3, "cut")])
+        assert not list(folder.iterdir())
+        with pytest.raises(DataError, match="the first: image 3, image 4"):     # not: listed in
+            images.add([(4, "cut")])
+    said = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert len(said) == 1 and "another job took" in said[0]
+
+
 def test_an_answer_that_does_not_come_takes_nothing(tmp_path, monkeypatch):
     def fails(path):
         raise OSError(116, "ESTALE")
@@ -299,7 +362,7 @@ def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
     model = build(experiment(content))
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 5 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * size))
     with pytest.raises(EnvironmentFault) as caught:
         pretrain(experiment(content))
     (line,) = str(caught.value).splitlines()

@@ -38,7 +38,7 @@ def warnings(caplog):
 def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplog):
     clock = [1000.0]
     monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
-    logger = Spared("x", lambda: Server(tmp_path))
+    logger = Spared("x", lambda: Server(tmp_path), rests=True)
     logger.log_metrics({"a": 1.0}, 1)
     Server.down = True
     for step in range(100):
@@ -66,12 +66,12 @@ def test_down_at_the_start_is_tried_again(tmp_path, monkeypatch, caplog):
         return Server(tmp_path)
 
     Server.down = True
-    logger = Spared("x", make)
+    logger = Spared("x", make, rests=True)
     logger.log_metrics({"a": 1.0}, 1)
     assert logger.name is None and logger.version is None and logger.save_dir is None and logger.experiment is None
     for call in (logger.save, lambda: logger.finalize("success"), lambda: logger.log_hyperparams({"a": 1})):
         call()
-    assert len(warnings(caplog)) == 1
+    assert len(warnings(caplog)) == 2 and warnings(caplog)[1].startswith("logger x: ")
     Server.down = False
     logger.log_metrics({"a": 1.0}, 2)
     assert Server.reports == 1 and logger.save_dir == str(tmp_path)
@@ -87,7 +87,7 @@ def test_a_server_that_lets_one_wait_is_asked_seldom(tmp_path, monkeypatch, capl
         clock[0] += 40
         raise TimeoutError("no answer")
 
-    logger = Spared("x", make)
+    logger = Spared("x", make, rests=True)
     while clock[0] < 21_000:
         clock[0] += 0.1                         # a step
         logger.log_metrics({"a": 1.0}, 1)
@@ -105,14 +105,59 @@ def test_the_end_of_a_run_is_reported_during_a_rest_as_well(tmp_path, monkeypatc
         clock[0] += 40
         raise TimeoutError("no answer")
 
-    logger = Spared("x", lambda: Server(tmp_path))
+    logger = Spared("x", lambda: Server(tmp_path), rests=True)
     with monkeypatch.context() as patch:
         patch.setattr(Server, "log_metrics", slow)
         logger.log_metrics({"a": 1.0}, 1)
     clock[0] += 10
     logger.log_metrics({"a": 1.0}, 2)
     logger.finalize("success")
-    assert Server.reports == 0 and ends == ["success"] and len(warnings(caplog)) == 1
+    assert Server.reports == 0 and ends == ["success"]
+    assert warnings(caplog)[1:] == ["logger x: 2 calls were lost"]
+
+
+def test_what_files_do_not_take_for_a_while_costs_no_later_row(tmp_path, monkeypatch):
+    """A disk that took its time to refuse: the next rows, and what a checkpoint goes on behind, are written."""
+    clock = [1000.0]
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    config = experiment({**values("nnclr", tmp_path), "loggers": ["csv"]})
+    (logger,) = loggers.loggers(config, tmp_path)
+
+    def slow(self):
+        clock[0] += 10
+        full()
+
+    logger.log_metrics({"a": 1.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(CSVLogger, "save", slow)
+        logger.save()
+    logger.log_metrics({"a": 2.0}, 2)
+    logger.save()
+    (file,) = tmp_path.glob("csv/*/metrics.csv")
+    assert [line.split(",")[0] for line in file.read_text().splitlines()[1:]] == ["1.0", "2.0"]
+
+
+def test_servers_rest_and_files_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda package: True)
+    monkeypatch.setattr(pl.loggers, "MLFlowLogger", never)
+    config = experiment({**values("nnclr", tmp_path), "loggers": ["csv", "tensorboard", "mlflow"]})
+    assert [logger._rests for logger in loggers.loggers(config, tmp_path)] == [False, False, True]
+
+
+def test_a_call_that_works_says_nothing_of_another_kind_that_does_not(tmp_path, monkeypatch, caplog):
+    logger = Spared("x", lambda: Server(tmp_path), rests=False)
+    Server.down = True
+    monkeypatch.setattr(Server, "save", full)
+    logger.save()
+    logger.log_metrics({"a": 1.0}, 1)
+    Server.down = False
+    logger.log_metrics({"a": 1.0}, 2)
+    logger.save()
+    assert len(warnings(caplog)) == 1
+    logger.finalize("success")
+    assert warnings(caplog)[1:] == ["logger x: 3 calls were lost"]
+    logger.finalize("success")
+    assert len(warnings(caplog)) == 2
 
 
 def full(*arguments, **options):
@@ -140,7 +185,8 @@ def test_a_run_is_complete_without_its_loggers(fault, tmp_path, monkeypatch, cap
         monkeypatch.setattr(CSVLogger, "log_metrics", later)
     caplog.clear()
     result = pretrain(experiment(values("nnclr", tmp_path / "faulty", max_epochs=1)))
-    assert len(warnings(caplog)) == 1
+    first, last = warnings(caplog)
+    assert " fails (" in first and last.startswith("logger csv: ") and last.endswith(" calls were lost")
     one, other = (checkpoint.read(run.checkpoint)["state_dict"] for run in (quiet, result))
     assert all((one[key] == other[key]).all() for key in one)
 

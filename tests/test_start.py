@@ -152,27 +152,42 @@ def test_ranks_that_list_other_images_stop_together(tmp_path):
     assert first.startswith("ConfigError rank 1 differs: the list of training images=") and second == "SystemExit 0"
 
 
-def built_alike(rank, change):
-    method = build(experiment(values("nnclr", "runs")))
-    if rank == 1 and change:
-        method.queue.keys[3, 1] += 1e-6
+def built_alike(rank, change, processors):
+    """What two ranks make of a change to the second one's weights, and what the first says."""
+    start._processor = lambda: processors[rank]
+    method, said = build(experiment(values("nnclr", "runs"))), []
+    start.say = said.append
+    if rank == 1:
+        method.queue.keys[3, 1] += change
     try:
         start.alike(experiment(values("nnclr", "runs")), method=method)
     except (ConfigError, SystemExit) as error:
         return f"{type(error).__name__} {error}"
-    return "alike"
+    return " ".join(["alike", *said])
 
 
-def test_ranks_that_begin_with_other_weights_stop_together():
-    assert run_ranks(built_alike, False) == ["alike", "alike"]
-    first, second = run_ranks(built_alike, True)
-    assert first.startswith("ConfigError rank 1 differs: the initial weights=") and second == "SystemExit 0"
+REFUSED = "ConfigError rank 1 differs: the initial weights="
+NOTED = "alike note: rank 1 rounds the initial weights otherwise: B (rank 0: A)"
+
+
+@pytest.mark.parametrize(
+    ("change", "processors", "line"),
+    [(0.0, "AA", "alike"), (0.0, "AB", "alike"), (1e-6, "AA", REFUSED), (1e-6, "AB", NOTED), (0.1, "AB", REFUSED)],
+    ids=["alike", "alike on two kinds", "a bit on one kind", "a bit on two kinds", "more on two kinds"],
+)
+def test_ranks_begin_with_the_same_weights_but_for_the_rounding_of_their_processors(change, processors, line):
+    first, second = run_ranks(built_alike, change, processors)
+    if line == REFUSED:
+        assert first.startswith(REFUSED) and second == "SystemExit 0"
+    else:
+        assert first == second == line
 
 
 def held_alike(rank, change, code):
     start._code = lambda: code[rank]
+    config = experiment(values("nnclr", "runs", **change[rank]))
     try:
-        start.alike(experiment(values("nnclr", "runs", **change[rank])))
+        start.alike(config, method=build(config))
     except (ConfigError, SystemExit) as error:
         return f"{type(error).__name__} {error}"
     return "alike"

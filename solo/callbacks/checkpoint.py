@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -57,6 +58,16 @@ class CheckpointConfig:
             self, at_least_1="frequency", at_least_0="minutes epoch_share", positive="stall", below_1="stall",
             also=[] if self.dir else ["dir must name a folder"],
         )
+
+    def most(self, epochs: int | None) -> int:
+        """How many files lie in a run's folder at most, the one being written among them.
+
+        Args:
+            epochs: of the run; None where something else ends it; then what is kept for good does not count.
+        """
+        kept = math.ceil((epochs or 0) / self.frequency) if self.keep_prev else 0
+        at_ends = store.KEPT + 1 if epochs is None else min(epochs, store.KEPT + 1)
+        return store.KEPT + max(kept, at_ends)
 
 
 class Checkpointer(SignalGuard, Checkpoint):

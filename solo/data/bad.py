@@ -15,6 +15,7 @@ from solo.data.random import integers
 from solo.data.sources import Source
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
+from solo.lease import still_own
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ class BadImages:
 
     Args:
         limit: largest accepted share of the source.
-        report_dir: where rank 0 lists them, a line of JSON each in ``bad_samples.jsonl``, as soon as they are known.
+        report_dir: where rank 0 lists them, a line of JSON each in ``bad_samples.jsonl``, as soon as they are known; where
+            that cannot be written, a warning says so once.
         fate: what becomes of such an image, for the log.
     """
 
@@ -70,6 +72,7 @@ class BadImages:
         self.report_dir = report_dir
         self._reasons: dict[int, str] = {}
         self._unsaid: set[int] = set()
+        self._unlisted = False
 
     @property
     def count(self) -> int:
@@ -119,7 +122,7 @@ class BadImages:
 
     def _verdict(self) -> str:
         share = f"{self.count} of {len(self._source)} images cannot be read, more than data.max_bad_fraction={self._limit:g}"
-        if self.report_dir is None:
+        if self.report_dir is None or self._unlisted:
             return f"{share}; the first: {', '.join(self.names[:3])}"
         return f"{share}; listed in {self._path(self.report_dir)}"
 
@@ -128,11 +131,18 @@ class BadImages:
             return
         path = self._path(self.report_dir)
         name = self._source.name(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if name not in (json.loads(line)["name"] for line in lines):  # a run that goes on meets them again
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False) + "\n")
+        try:
+            still_own(self.report_dir)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            if name not in (json.loads(line)["name"] for line in lines):  # a run that goes on meets them again
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as error:      # it ends at a save, if at all; or a line that a power cut left
+            if not self._unlisted:
+                log.warning("%s cannot be written, or read: %s; unreadable images are still named here", path,
+                            getattr(error, "strerror", None) or error)
+            self._unlisted = True
 
     @staticmethod
     def _path(folder: Path) -> Path:

@@ -96,12 +96,38 @@ def test_links_planted_in_a_cache_are_not_followed(source: Named, tmp_path: Path
     assert victim.read_text() == "precious"
 
 
-def test_a_cache_that_others_may_write_is_not_used(source: Named, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_cache_that_others_may_write_is_not_used(
+    mode: int, source: Named, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "kept"
     folder.mkdir()
-    folder.chmod(0o777)
+    folder.chmod(mode)
     assert cache.decoded(source, SHAPE, folder) is not None
     assert not list(folder.iterdir()) and "others may write" in caplog.text
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["the folder", "a link of its name"])
+def test_a_cache_of_another_user_is_not_used_by_root_either(
+    linked: bool, source: Named, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir(mode=0o700)
+    if linked:
+        folder.rename(tmp_path / "own")
+        folder.symlink_to("own")
+    if os.getuid() == 0:
+        os.chown(folder, 1, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert cache.decoded(source, SHAPE, folder) is not None
+    assert not list(folder.iterdir()) and "others may write" in caplog.text
+
+
+def test_a_cache_may_lie_behind_a_link_of_ones_own(source: Named, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "kept").symlink_to("disk")
+    assert cache.decoded(source, SHAPE, tmp_path / "kept") is not None and list((tmp_path / "disk").iterdir())
 
 
 def test_a_new_cache_is_ours_alone(source: Named, tmp_path: Path) -> None:

@@ -131,6 +131,18 @@ def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, t
         assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
 
 
+@pytest.mark.parametrize("problem", ["a file is there", "a torn line"])
+def test_a_list_that_cannot_be_written_ends_nothing(problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    if problem == "a torn line":
+        run.mkdir()
+    (run / "bad_samples.jsonl" if run.exists() else run).write_text('{"na')
+    make_folder(tmp_path / "images", {"a": 4})
+    bad_file.BadImages(FolderSource(tmp_path / "images", 3, "key"), 1.0, run).add([(1, "cut"), (2, "empty")])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3 and sum(f"{run}/bad_samples.jsonl cannot be" in line for line in said) == 1
+
+
 def test_a_name_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
     """Of a class too."""
     paths = make_folder(tmp_path / "images", {"a": 3, "b": 5})
