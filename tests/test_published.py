@@ -174,12 +174,13 @@ TOP1 = {
 }
 # backbone, its arguments, stem and its padding; dataset, mean and std; one BatchNorm over all devices; views (VIEWS)
 CIFAR_MEAN, CIFAR_STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.261)                        # MV-MR's
+SCE_STATISTICS = ROWS["cifar10"][2], (0.2023, 0.1994, 0.2010)
 SMALL_KERNEL, ZERO_INIT = ("small_pool", 1), {"zero_init_last": True}                       # which keeps the max-pooling
 UNIGRAD_SETUP = ("resnet50", ZERO_INIT, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/mocov2")
 SETUPS = {
     "imagenet/sce": ("resnet50", {}, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/sce"),
     "imagenet/sce-multicrop": ("resnet50", {}, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/sce-multicrop"),
-    "cifar/sce": ("resnet18", {}, "auto", 1, "cifar10", ROWS["cifar10"][2], (0.2023, 0.1994, 0.2010), False, "cifar/weak_strong"),
+    "cifar/sce": ("resnet18", {}, "auto", 1, "cifar10", *SCE_STATISTICS, False, "cifar/weak_strong"),
     **{name: UNIGRAD_SETUP for name in SEEDS if name.startswith("imagenet/unigrad")},
     "cifar/unigrad": ("resnet18", {}, "auto", 2, "cifar10", *ROWS["cifar10"][2:], True, "cifar/symmetric_weak"),
     "stl10/mvmr": ("resnet50", ZERO_INIT, *SMALL_KERNEL, "stl10", *IMAGENET, False, "stl10/original_strong"),
