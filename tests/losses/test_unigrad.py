@@ -145,7 +145,7 @@ NAMES = {
     "unigrad": lambda z, queue: unigrad_gradients(*z, correlation(*z[2:]), lambda_=100.0),
     "simclr": lambda z, queue: simclr_gradients(*z, temperature=0.2),
     "moco": lambda z, queue: moco_gradients(*z, queue, temperature=0.2),
-    "directpred": lambda z, queue: directpred_gradients(*z, *metric(correlation(*z[2:]), 0.3)),
+    "byol_directpred": lambda z, queue: directpred_gradients(*z, *metric(correlation(*z[2:]), 0.3)),
     "barlow": lambda z, queue: barlow_gradients(*z, lambda_=50.0),
     "vicreg": lambda z, queue: vicreg_gradients(*z, **VICREG),
 }
@@ -178,7 +178,7 @@ def objective(name, z, m, everything, queue, F):
     if name == "barlow":
         C = z.T @ m / len(z)
         return -2 * C.trace() + 50 * C.square().sum()
-    if name == "directpred":
+    if name == "byol_directpred":
         W, _ = metric(F, 0.3)
         return -torch.cosine_similarity(z @ W, m).mean()
     x = z - z.mean(0)
@@ -202,7 +202,7 @@ def test_objective_and_its_gradient(rows, name):
     wanted = torch.autograd.grad(expected, z[:2], retain_graph=True)
     found = torch.autograd.grad(gradients.loss(), z[:2])
     assert gradients.loss().item() == gradients.objective.item()
-    if name == "directpred":                                    # as published it is close to the gradient, not equal
+    if name == "byol_directpred":                                    # as published it is close to the gradient, not equal
         cosine = torch.cosine_similarity(torch.cat(found).flatten(), torch.cat(wanted).flatten(), dim=0)
         assert 0.9 < cosine < 1 - 1e-6
         return

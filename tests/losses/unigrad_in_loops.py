@@ -61,7 +61,7 @@ def vicreg(z, m):
 def by_loops(name, z1, z2, m1, m2, queue=None, seen=None):
     """(positive, negative) rows of view 1 and of view 2, with the paper's formulas on lists of floats.
 
-    ``seen`` are the normalised targets that F is the mean of, if not those of this batch.
+    ``name`` is the form's; ``seen`` are the normalised targets that F is the mean of, if not those of this batch.
     """
     if name == "vicreg":
         return [*vicreg(z1.tolist(), m2.tolist()), *vicreg(z2.tolist(), m1.tolist())]
@@ -80,7 +80,7 @@ def by_loops(name, z1, z2, m1, m2, queue=None, seen=None):
                 parts.append(contrast(row, target, everything, 0.2))
             elif name == "moco":
                 parts.append(contrast(row, target, [target, *queue.tolist()], 0.2))
-            elif name == "directpred":
+            elif name in ("simsiam", "byol_directpred"):
                 parts.append(direct(row, target, W, A))
             elif name == "barlow":
                 weights = [dot(target, m[other][j]) / n for j in range(n)]
