@@ -359,25 +359,15 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert lines == ["config error: unknown key rot: did you mean root?", "config error: missing key root"]
 
 
-def program(folder, *words):
-    """``python -m solo.eval.voc`` in a folder of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "solo.eval.voc", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_module_is_a_program(tmp_path):
-    done = program(tmp_path, "checkpoint=nowhere", "root=nowhere")
-    assert done.returncode == 2 and done.stderr == "config error: checkpoint=nowhere does not exist\n"
-
-
 @pytest.mark.slow
 def test_blood_cells(tmp_path, shared_data):
+    """The program, from its command line, on real images."""
     with tarfile.open(shared_data("bccd-voc.tar")) as archive:
         archive.extractall(tmp_path, filter="data")
     run = make_run(tmp_path / "run")
-    done = program(tmp_path, f"checkpoint={run}", f"root={tmp_path}", "data.size=32", "device=cpu")
+    words = [sys.executable, "-m", "solo.eval.voc", f"checkpoint={run}", f"root={tmp_path}", "data.size=32", "device=cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in METRICS)
     rows = json.loads((run / "results.json").read_text())["voc"]["results"]
