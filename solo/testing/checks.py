@@ -180,8 +180,8 @@ CHECKS: tuple[Callable[[Case], Measured | None], ...] = (
 
 
 def _half(case: Case) -> dict[str, Any]:
-    """Of the experiment: epochs of 4 steps, where 8 would show no more."""
-    return {"data": {**case.changes.get("data", {}), "train_size": 32}}
+    """Of the experiment: epochs of 4 steps and 2 validation batches, where more would show no more."""
+    return {"data": {**case.changes.get("data", {}), "train_size": 32}, "limit_val_batches": 2}
 
 
 # --- how they look ------------------------------------------------------------------------------------------------------
