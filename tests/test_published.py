@@ -172,6 +172,24 @@ TOP1 = {
     "cifar/mvmr-clip": (78.6,),
     "imagenet/mvmr-clip": (75.3,),
 }
+# backbone, its arguments, stem and its padding; dataset, mean and std; one BatchNorm over all devices; views (VIEWS)
+CIFAR_MEAN, CIFAR_STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.261)                        # MV-MR's
+SCE_STATISTICS = ROWS["cifar10"][2], (0.2023, 0.1994, 0.2010)
+SMALL_KERNEL, ZERO_INIT = ("small_pool", 1), {"zero_init_last": True}                       # which keeps the max-pooling
+UNIGRAD_SETUP = ("resnet50", ZERO_INIT, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/mocov2")
+SETUPS = {
+    "imagenet/sce": ("resnet50", {}, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/sce"),
+    "imagenet/sce-multicrop": ("resnet50", {}, "auto", 2, "imagenet", *IMAGENET, True, "imagenet/sce-multicrop"),
+    "cifar/sce": ("resnet18", {}, "auto", 1, "cifar10", *SCE_STATISTICS, False, "cifar/weak_strong"),
+    **{name: UNIGRAD_SETUP for name in SEEDS if name.startswith("imagenet/unigrad")},
+    "cifar/unigrad": ("resnet18", {}, "auto", 2, "cifar10", *ROWS["cifar10"][2:], True, "cifar/symmetric_weak"),
+    "stl10/mvmr": ("resnet50", ZERO_INIT, *SMALL_KERNEL, "stl10", *IMAGENET, False, "stl10/original_strong"),
+    "cifar/mvmr": ("resnet50", ZERO_INIT, *SMALL_KERNEL, "cifar20", CIFAR_MEAN, CIFAR_STD, False, "cifar/original_mild"),
+    "imagenet/mvmr": ("resnet50", ZERO_INIT, "auto", 2, "imagenet", *IMAGENET, False, "imagenet/original_strong"),
+    "stl10/mvmr-clip": ("resnet50", ZERO_INIT, "imagenet", 2, "stl10", *IMAGENET, False, "stl10/original_strong"),
+    "cifar/mvmr-clip": ("resnet50", ZERO_INIT, *SMALL_KERNEL, "cifar100", CIFAR_MEAN, CIFAR_STD, False, "cifar/original_crop"),
+    "imagenet/mvmr-clip": ("resnet50", ZERO_INIT, "auto", 2, "imagenet", *IMAGENET, False, "imagenet/original_strong"),
+}
 CUSTOM = {"custom/nnclr", "custom/all4one"}     # templates for one's own images, with values to change
 
 
@@ -195,6 +213,18 @@ def test_recipes_of_sce_unigrad_and_mvmr(name):
     assert (s.name, s.warmup_epochs, s.warmup_start_lr, s.min_lr, s.warmup_peak, s.cosine_over) == ("warmup_cosine", *schedule)
     if method_kwargs.get("queue_size"):
         assert method_kwargs["queue_size"] % (2 * images) == 0
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_network_data_and_views_of_sce_unigrad_and_mvmr(name):
+    recipe = experiment(load(PRETRAIN / f"{name}.yaml", ["data.train_path=x"]))
+    *setup, views = SETUPS[name]
+    network, data, known = recipe.backbone, recipe.data, DATASETS[recipe.data.dataset]
+    assert [
+        network.name, network.kwargs, network.stem, network.stem_padding,
+        data.dataset, tuple(data.mean or known.mean), tuple(data.std or known.std), recipe.trainer.get("sync_batchnorm", False),
+    ] == setup
+    assert [numbers(view) for view in recipe.augmentations for _ in range(view.num_crops)] == VIEWS[views]
 
 
 def test_headers_have_the_published_accuracies():

@@ -32,7 +32,7 @@ from solo.run import build
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "scripts" / "bench" / "small" / "unigrad.yaml"
-MEMORY = 4  # batches, besides the one shown, that the queue and F are made of
+MEMORY = 4  # batches, besides the one shown, that the queue and F are made of; F sees the shown one too, as in training
 FORMS = {
     "UniGrad": "unigrad", "SimCLR": "simclr", "MoCo": "moco", "SimSiam": "simsiam", "BYOL": "byol_directpred",
     "Barlow Twins": "barlow", "VICReg": "vicreg",
@@ -87,7 +87,7 @@ def gradients(form: str, e: Embeddings) -> family.Gradients:
     constants = UniGrad.Config(form=form).constants
     z = (e.z1, e.z2)
     m = (e.z1.detach(), e.z2.detach()) if form == "simsiam" else (e.m1, e.m2)
-    F = family.correlation(*e.memory.chunk(2))
+    F = family.correlation(*torch.cat([e.memory, *m]).chunk(2))
     match form:
         case "unigrad":
             return family.unigrad_gradients(*z, *m, F, lambda_=constants["lambda_"])

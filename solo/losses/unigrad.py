@@ -2,8 +2,10 @@
 
 A form says by which vector each online row is moved: a positive part that pulls it to its target and a negative part
 that keeps rows or dimensions apart. ``<form>_gradients`` computes both, and the objective they belong to;
-``unigrad_<form>_loss_func`` is a scalar whose autograd delivers them. Throughout, z1, z2 [B, D] are the online rows of
-two views and m1, m2 [B, D] the target rows, constants. Rows are L2-normalised here, except by `vicreg_gradients`.
+``unigrad_<form>_loss_func(z1, z2, m1, m2[, memory], *, ...)`` is a scalar whose autograd delivers them, the positive
+similarity and, of a form with a memory, the new one. Throughout, z1, z2 [B, D] are the online rows of two views and m1,
+m2 [B, D] the target rows, constants; without teacher they are ``z1.detach()`` and ``z2.detach()``. Rows are L2-normalised
+here, except by `vicreg_gradients`.
 """
 
 from collections.abc import Callable
@@ -269,10 +271,10 @@ def unigrad_byol_directpred_loss_func(
 
 
 def unigrad_simsiam_loss_func(
-    z1: Tensor, z2: Tensor, F: Tensor | None, *, rho: float, eps: float
+    z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, F: Tensor | None, *, rho: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`unigrad_byol_directpred_loss_func` whose targets are the online rows as constants."""
-    return unigrad_byol_directpred_loss_func(z1, z2, z1.detach(), z2.detach(), F, rho=rho, eps=eps)
+    """`unigrad_byol_directpred_loss_func` by its other name: SimSiam is BYOL whose targets are the online rows."""
+    return unigrad_byol_directpred_loss_func(z1, z2, m1, m2, F, rho=rho, eps=eps)
 
 
 def unigrad_simclr_loss_func(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, *, temperature: float) -> Pair:
@@ -282,9 +284,16 @@ def unigrad_simclr_loss_func(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, *, 
 
 def unigrad_moco_loss_func(
     z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, queue: Tensor, *, temperature: float
-) -> Pair:
-    """`moco_gradients`: the scalar that carries them, and the mean cosine to the targets."""
-    return _delivered(moco_gradients(z1, z2, m1, m2, queue, temperature=temperature))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`moco_gradients`: the scalar that carries them, the mean cosine to the targets, and the new queue.
+
+    Args:
+        queue: [K, D] normalised targets of past batches, the oldest first. In the new one those of both views and all
+            ranks follow it and as many of the oldest are left out.
+    """
+    with torch.no_grad():
+        moved = torch.cat([queue, *map(gather, _unit(m1, m2))])[-len(queue) :]
+    return *_delivered(moco_gradients(z1, z2, m1, m2, queue, temperature=temperature)), moved
 
 
 def unigrad_barlow_loss_func(z1: Tensor, z2: Tensor, m1: Tensor, m2: Tensor, *, lambda_: float) -> Pair:

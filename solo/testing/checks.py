@@ -69,24 +69,29 @@ def teachers_and_queues_advance_once_per_step(case: Case) -> None:
     """With two batches to an optimizer step: still in between, then teachers by one tau, queues by both batches, and the
     learning rate by one step of its schedule."""
     counter = _Counter()
-    case.train(counter, accumulate_grad_batches=2, max_epochs=2)
+    case.train(counter, accumulate_grad_batches=2, max_epochs=2, **_half(case))
     require(not counter.problems, "\n".join(counter.problems))
-    require(counter.steps == 8, f"16 batches, 2 to a step, made {counter.steps} optimizer steps")
+    require(counter.steps == 4, f"8 batches, 2 to a step, made {counter.steps} optimizer steps")
 
 
 def overfits_one_batch(case: Case) -> None:
-    """The loss on one fixed batch falls by a tenth of its size or 0.1, whichever is more."""
+    """The loss on one fixed batch falls by a tenth of its size or 0.1, whichever is more, in 70 steps; by twice that, and it
+    is not asked to go on."""
     model, batch = case.build(), case.batches(1)[0]
-    losses = []
+    losses: list[float] = []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = last = enough = 0.0
     for step in range(80):
         outputs, _ = gradients(model, batch, seed=step)
         if step >= 10:                                          # until then the queue fills with the batch
             optimizer.step()
             losses.append(outputs["loss"].item())
+            first, last = sum(losses[:3]) / 3, sum(losses[-10:]) / 10
+            enough = 0.1 * max(abs(first), 1.0)
+            if len(losses) >= 15 and last < first - 2 * enough:
+                break
         model.after_step(0.0)
-    first, last = sum(losses[:3]) / 3, sum(losses[-10:]) / 10
-    require(last < first - 0.1 * max(abs(first), 1.0), f"in {len(losses)} steps the loss went from {first:.4g} to {last:.4g}")
+    require(last < first - enough, f"in {len(losses)} steps the loss went from {first:.4g} to {last:.4g}")
 
 
 def bfloat16_is_close(case: Case) -> Measured:
@@ -144,8 +149,8 @@ def resumes_exactly(case: Case) -> Measured:
     """A run continued from a checkpoint in the middle of an epoch ends with the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         middle = Path(folder) / "middle.ckpt"
-        whole = run(case.experiment(f"{folder}/whole", max_epochs=2), _Save(middle, after=11))
-        resumed = run(case.experiment(f"{folder}/resumed", max_epochs=2, resume=str(middle)))
+        whole = run(case.experiment(f"{folder}/whole", max_epochs=2, **_half(case)), _Save(middle, after=6))
+        resumed = run(case.experiment(f"{folder}/resumed", max_epochs=2, **_half(case), resume=str(middle)))
     for part in ("state_dict", "optimizer_states"):
         same(whole[part], resumed[part], f"{part} after a resume")
     return SAME_BITS
@@ -153,7 +158,7 @@ def resumes_exactly(case: Case) -> Measured:
 
 def probe_changes_nothing(case: Case) -> Measured:
     """With and without the online probe the method ends with the same bits."""
-    on, off = (case.train(max_epochs=1, probe={"enabled": enabled}) for enabled in (True, False))
+    on, off = (case.train(max_epochs=1, probe={"enabled": enabled}, **_half(case)) for enabled in (True, False))
     require("OnlineProbe" in on["callbacks"] and "OnlineProbe" not in off["callbacks"], "there was no probe to compare with")
     same(on["state_dict"], off["state_dict"], "weights without the probe")
     return SAME_BITS
@@ -172,6 +177,11 @@ CHECKS: tuple[Callable[[Case], Measured | None], ...] = (
     probe_changes_nothing,
     *INVARIANCE,
 )
+
+
+def _half(case: Case) -> dict[str, Any]:
+    """Of the experiment: epochs of 4 steps and 2 validation batches, where more would show no more."""
+    return {"data": {**case.changes.get("data", {}), "train_size": 32}, "limit_val_batches": 2}
 
 
 # --- how they look ------------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ def _worker(rank: int, function: Callable[..., Any], world: int, port: int, queu
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))   # ranks out of step fail
         queue.put((rank, function(rank, *args), None))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():                           # after a run it is not
+            dist.barrier()
+            dist.destroy_process_group()
     except Exception:
         queue.put((rank, None, traceback.format_exc()))
 

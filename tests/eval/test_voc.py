@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
@@ -18,8 +19,9 @@ from solo import checkpoint
 from solo.data.decoding import BadImage
 from solo.data.voc import open_voc, read_annotation
 from solo.errors import ConfigError, DataError
-from solo.eval.ap import ap_area, mean_ap
-from solo.eval.multilabel import HeadConfig, Rows, SVMConfig, best, draw, head_scores, svm_scores
+from solo.eval import voc
+from solo.eval.ap import ap_11point, ap_area, mean_ap
+from solo.eval.multilabel import METRICS, HeadConfig, Rows, SVMConfig, best, draw, head_scores, svm_scores
 from solo.eval.voc import command, evaluate_voc
 from tests.conftest import ROOT
 from tests.eval.runs import make_run
@@ -204,12 +206,75 @@ def test_head_is_logistic_regression_of_each_class():
         np.testing.assert_allclose(logits[:, c], model.decision_function(scaler.transform(test.features.double())), rtol=1e-3)
 
 
+def test_defaults_are_the_published_shots_and_draws():
+    assert (SVMConfig().shots, SVMConfig().draws) == ([16, 32, 64], 5)
+    assert list(METRICS) == ["ap_11point", "ap_area", "ap_step_micro"]
+
+
 def test_wrong_settings():
     with pytest.raises(ValueError, match="shots must be .*\ncosts must be .*\ndraws must be"):
         SVMConfig(shots=[0], costs=[0.0], draws=0)
     for wrong in ([], [-1.0]):
         with pytest.raises(ValueError, match="weight_decay must"):
             HeadConfig(weight_decay=wrong)
+
+
+# --- the protocol --------------------------------------------------------------------------------------------------
+
+
+def costs_of(config, images):
+    return [row["cost"] for row in voc._svms(config, images, 0)]
+
+
+def test_validation_chooses_the_cost_and_test_never_does():
+    """Test labels turned round, so that what is best on validation is worst on them."""
+    train, val = separable(40, 0, noise=1.5), separable(200, 1, noise=1.5)
+    images = voc.Images(train, val, Rows(val.features, -val.labels), list(KINDS))
+    config = SVMConfig(costs=[1e-4, 1e-2, 1.0, 100.0], shots=[4], draws=3)
+
+    def merits(fits, judge):
+        scores = {cost: [svm_scores(fit, val.features, cost)[0] for fit in fits] for cost in config.costs}
+        return {cost: np.mean([mean_ap(ap_area, found, judge) for found in each]) for cost, each in scores.items()}
+
+    drawn = [train.take(draw(train.labels, 4, seed)) for seed in range(3)]
+    for chosen, fits in zip(costs_of(config, images), (drawn, [train]), strict=True):
+        on_val, on_test = merits(fits, val.labels), merits(fits, -val.labels)
+        assert chosen == max(on_val, key=on_val.get) != max(on_test, key=on_test.get)
+
+
+def test_every_shot_is_drawn_as_often_as_asked(monkeypatch):
+    train, val, test = (separable(60, seed) for seed in range(3))
+    seeds = []
+    monkeypatch.setattr(voc, "draw", lambda labels, shots, seed: seeds.append((shots, seed)) or draw(labels, shots, seed))
+    rows = voc._svms(SVMConfig(costs=[1.0]), voc.Images(train, val, test, list(KINDS)), 7)
+    assert seeds == [(shots, 7 + i) for shots in (16, 32, 64) for i in range(5)]
+    several = [scores_of(train.take(draw(train.labels, 16, 7 + i)), test) for i in range(5)]
+    for name, value in scores_of(train.join(val), test).items():
+        assert rows[3][name] == pytest.approx(value, rel=1e-9)
+        assert rows[0][name] == pytest.approx(np.mean([each[name] for each in several]), rel=1e-9)
+    assert "ap_area_std" in rows[0] and "ap_area_std" not in rows[3]
+
+
+def scores_of(fit, test):
+    """Each average precision under its name, in percent; the micro one is scikit-learn's of one flat list."""
+    scores, labels = svm_scores(fit, test.features, 1.0)[0], test.labels
+    micro = average_precision_score(labels.flatten() > 0, scores.flatten())
+    return {"ap_11point": 100 * mean_ap(ap_11point, scores, labels), "ap_area": 100 * mean_ap(ap_area, scores, labels),
+            "ap_step_micro": 100 * micro}
+
+
+def test_every_image_passes_the_backbone_once(tmp_path, monkeypatch):
+    run, folder = make_run(tmp_path / "run"), make_voc(tmp_path / "voc")
+    real, passed = voc.load, []
+
+    def watched(*arguments):
+        source = real(*arguments)
+        source.backbone.register_forward_hook(lambda module, inputs, output: passed.append(len(output)))
+        return source
+
+    monkeypatch.setattr(voc, "load", watched)
+    rows = evaluate_voc({"checkpoint": str(run), "root": str(folder), "batch_size": 8, **QUICK})
+    assert len(rows) == 4 and sum(passed) == 30 + 12 + 20 and max(passed) == 8
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -295,19 +360,20 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_module_is_a_program(tmp_path):
-    words = [sys.executable, "-m", "solo.eval.voc", "checkpoint=nowhere", "root=nowhere"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr == "config error: checkpoint=nowhere does not exist\n"
-
-
-@pytest.mark.slow
 def test_blood_cells(tmp_path, shared_data):
+    """The program, from its command line, on real images."""
     with tarfile.open(shared_data("bccd-voc.tar")) as archive:
         archive.extractall(tmp_path, filter="data")
     run = make_run(tmp_path / "run")
-    rows = evaluate_voc({"checkpoint": str(run), "root": str(tmp_path), "data": {"size": 32}, "device": "cpu"})
-    assert [row["shots"] for row in rows] == [16, 32, 64, None, None]
+    words = [sys.executable, "-m", "solo.eval.voc", f"checkpoint={run}", f"root={tmp_path}", "data.size=32", "device=cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in METRICS)
+    rows = json.loads((run / "results.json").read_text())["voc"]["results"]
+    assert [(row["classifier"], row["shots"]) for row in rows] == [
+        ("svm", 16), ("svm", 32), ("svm", 64), ("svm", None), ("linear head", None)]
+    assert all(set(METRICS) <= set(row) for row in rows)
+    assert [f"{name}_std" in row for row in rows for name in METRICS] == [True] * 9 + [False] * 6
     assert set(rows[-1]["ap_area_per_class"]) == {"Platelets", "RBC", "WBC"}
     assert rows[-1]["ap_area_per_class"]["Platelets"] > 100 * 39 / 72  # better than chance

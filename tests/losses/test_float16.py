@@ -20,7 +20,7 @@ LOSSES = {
     "unigrad": lambda a, b, c, d: losses.unigrad_loss_func(a, b, c, d, None, lambda_=100.0, rho=0.99)[0],
     "simclr": lambda a, b, c, d: losses.unigrad_simclr_loss_func(a, b, c, d, temperature=0.2)[0],
     "moco": lambda a, b, c, d: losses.unigrad_moco_loss_func(a, b, c, d, queue(a), temperature=0.2)[0],
-    "simsiam": lambda a, b, c, d: losses.unigrad_simsiam_loss_func(a, b, None, rho=0.99, eps=0.3)[0],
+    "simsiam": lambda a, b, c, d: losses.unigrad_simsiam_loss_func(a, b, c, d, None, rho=0.99, eps=0.3)[0],
     "byol": lambda a, b, c, d: losses.unigrad_byol_directpred_loss_func(a, b, c, d, None, rho=0.99, eps=0.3)[0],
     "barlow": lambda a, b, c, d: losses.unigrad_barlow_loss_func(a, b, c, d, lambda_=50.0)[0],
     "vicreg": lambda a, b, c, d: losses.unigrad_vicreg_loss_func(a, b, c, d, **VICREG)[0],

@@ -1,11 +1,12 @@
 """UniGrad and its family against the official code's numbers, the formulas in loops, and autograd of what each minimises."""
 
-import math
+import inspect
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from solo import losses
 from solo.losses import (
     unigrad_barlow_loss_func,
     unigrad_byol_directpred_loss_func,
@@ -28,6 +29,7 @@ from solo.losses.unigrad import (
 )
 from solo.testing import run_ranks
 from tests.losses.test_losses import assert_gradient
+from tests.losses.unigrad_in_loops import by_loops
 
 TOLERANCE = {torch.float64: (1e-10, 1e-9), torch.float32: (1e-5, 1e-4)}     # of the loss and F, of a gradient
 VICREG = dict(invariance=25.0, variance=25.0, covariance=1.0)
@@ -77,8 +79,9 @@ def assert_step_equals(found, g, form, step, dtype, rank=()):
     assert similarity.item() == pytest.approx(g["pos_sim"][where].item(), rel=value)
     assert_gradient(grad1, g["grad_z1_raw"][where], gradient)
     assert_gradient(grad2, g["grad_z2_raw"][where], gradient)
-    if F is not None and len(g["F"]) > step:
-        assert_gradient(F, g["F"][step], value)
+    kept = step - (g["loss"].shape[-1] - len(g["F"])) if F is not None else -1      # F is there of the last steps
+    if kept >= 0:
+        assert_gradient(F, g["F"][kept], value)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -86,11 +89,8 @@ def assert_step_equals(found, g, form, step, dtype, rank=()):
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_official(golden, form, size, dtype):
     g = golden(f"{form}_{size}")
-    results = steps(form, g, dtype)
-    for step, found in enumerate(results):
-        assert_step_equals(found, {**g, "F": g["F"] if size == "small" else ()} if "F" in g else g, form, step, dtype)
-    if "F" in g:
-        assert_gradient(results[-1][2], g["F"][-1], TOLERANCE[dtype][0])
+    for step, found in enumerate(steps(form, g, dtype)):
+        assert_step_equals(found, g, form, step, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -104,19 +104,23 @@ def test_equals_official_on_two_ranks(golden, form, dtype):
             assert_step_equals(tensors, g, form, step, dtype, (rank,))
 
 
-@pytest.mark.parametrize("form", ["unigrad", "unigrad_simclr", "unigrad_barlow", "unigrad_byol_directpred"])
-def test_parts_at_the_unit_rows_equal_official(golden, form):
-    g = golden(f"{form}_small")
-    z1, z2, m1, m2 = (g[name][0].double() for name in ("z1_raw", "z2_raw", "z1m_raw", "z2m_raw"))
-    F, p = correlation(m1, m2), g.params
-    gradients = {
-        "unigrad": lambda: unigrad_gradients(z1, z2, m1, m2, F, lambda_=p["lambd"]),
-        "unigrad_simclr": lambda: simclr_gradients(z1, z2, m1, m2, temperature=p["moco_t"]),
-        "unigrad_barlow": lambda: barlow_gradients(z1, z2, m1, m2, lambda_=p["lambd"]),
-        "unigrad_byol_directpred": lambda: directpred_gradients(z1, z2, m1, m2, *metric(F, p["eps"])),
-    }[form]()
-    for view in range(2):
-        assert_gradient((gradients.positive[view] + gradients.negative[view]) / 2 / len(z1), g[f"grad_z{view + 1}"][0], 1e-9)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_at_the_unit_rows_equal_official(golden, form, dtype):
+    g, F = golden(f"{form}_small"), None
+    p, (value, gradient) = g.params, TOLERANCE[dtype]
+    for step, rows in enumerate(zip(*(g[name].to(dtype) for name in ("z1_raw", "z2_raw", "z1m_raw", "z2m_raw")), strict=True)):
+        F = correlation(*rows[2:]) if F is None else p["rho"] * F + (1 - p["rho"]) * correlation(*rows[2:])
+        gradients = {
+            "unigrad": lambda rows, F: unigrad_gradients(*rows, F, lambda_=p["lambd"]),
+            "unigrad_simclr": lambda rows, F: simclr_gradients(*rows, temperature=p["moco_t"]),
+            "unigrad_barlow": lambda rows, F: barlow_gradients(*rows, lambda_=p["lambd"]),
+            "unigrad_byol_directpred": lambda rows, F: directpred_gradients(*rows, *metric(F, p["eps"])),
+        }[form](rows, F)
+        assert gradients.similarity.item() == pytest.approx(g["pos_sim"][step].item(), rel=value)
+        for view, official in enumerate((g["grad_z1"][step], g["grad_z2"][step])):
+            found = (gradients.positive[view] + gradients.negative[view]) / 2 / len(rows[0])
+            assert_gradient(found, official, gradient)
 
 
 def metric(F, eps):
@@ -135,79 +139,17 @@ def rows(request):
     return (z1, z2, m1, m2) if request.param == "momentum" else (z1, z2, z1.clone(), z2.clone())
 
 
-def unit(row):
-    return [x / math.sqrt(sum(y * y for y in row)) for x in row]
-
-
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def times(row, matrix):
-    return [sum(row[i] * matrix[i][j] for i in range(len(row))) for j in range(len(matrix[0]))]
-
-
-def contrast(z, own, others, temperature):
-    """Both parts of one row against its own target and others, one of which may be the own one."""
-    logits = [dot(z, v) / temperature for v in others]
-    total = sum(math.exp(logit) for logit in logits)
-    negative = [sum(math.exp(logit) / total * v[d] for logit, v in zip(logits, others, strict=True)) for d in range(len(z))]
-    return [-x / temperature for x in own], [x / temperature for x in negative]
-
-
-def predictor(targets, eps):
-    """W and A of DirectPred from the rows of both views, W by its eigenvectors."""
-    F = [[sum(t[i] * t[j] for t in targets) / len(targets) for j in range(5)] for i in range(5)]
-    values, vectors = torch.linalg.eigh(torch.tensor(F, dtype=torch.float64))
-    top = max(values.tolist())
-    lengths = [max(math.sqrt(max(v, 0) / top) + eps, 1e-4) for v in values.tolist()]
-    W = [[sum(vectors[i, k].item() * lengths[k] * vectors[j, k].item() for k in range(5)) for j in range(5)] for i in range(5)]
-    A = [[F[i][j] / top + (eps**2 if i == j else 0) for j in range(5)] for i in range(5)]
-    return W, A
-
-
-def direct(z, m, W, A):
-    zW, zA, mW = times(z, W), times(z, A), times(m, W)
-    length, c = math.sqrt(dot(zW, zW)), dot(zW, m) / dot(zA, z)
-    return [-x / length for x in mW], [c * x / length for x in zA]
-
-
-def by_loops(name, z1, z2, m1, m2, queue):
-    """(positive, negative) rows of view 1 and of view 2, with the paper's formulas on lists of floats."""
-    z = [[unit(row) for row in view.tolist()] for view in (z1, z2)]
-    m = [[unit(row) for row in view.tolist()] for view in (m1, m2)]
-    everything, n = [*m[0], *m[1]], len(z[0])
-    parts = []
-    for view, other in ((0, 1), (1, 0)):
-        for i in range(n):
-            row, target = z[view][i], m[other][i]
-            if name == "unigrad":
-                F = [[sum(t[a] * t[b] for t in everything) / (2 * n) for b in range(5)] for a in range(5)]
-                parts.append(([-x for x in target], [100 * x for x in times(row, F)]))
-            elif name == "simclr":
-                parts.append(contrast(row, target, everything, 0.2))
-            elif name == "moco":
-                parts.append(contrast(row, target, [target, *queue.tolist()], 0.2))
-            elif name == "directpred":
-                parts.append(direct(row, target, *predictor(everything, 0.3)))
-            elif name == "barlow":
-                weights = [dot(target, m[other][j]) / n for j in range(n)]
-                negative = [2 * 50 * sum(w * z[view][j][d] for j, w in enumerate(weights)) for d in range(5)]
-                parts.append(([-2 * x for x in target], negative))
-    return parts
-
-
 NAMES = {
     "unigrad": lambda z, queue: unigrad_gradients(*z, correlation(*z[2:]), lambda_=100.0),
     "simclr": lambda z, queue: simclr_gradients(*z, temperature=0.2),
     "moco": lambda z, queue: moco_gradients(*z, queue, temperature=0.2),
-    "directpred": lambda z, queue: directpred_gradients(*z, *metric(correlation(*z[2:]), 0.3)),
+    "byol_directpred": lambda z, queue: directpred_gradients(*z, *metric(correlation(*z[2:]), 0.3)),
     "barlow": lambda z, queue: barlow_gradients(*z, lambda_=50.0),
     "vicreg": lambda z, queue: vicreg_gradients(*z, **VICREG),
 }
 
 
-@pytest.mark.parametrize("name", ["unigrad", "simclr", "moco", "directpred", "barlow"])
+@pytest.mark.parametrize("name", NAMES)
 def test_parts_are_the_papers_formulas(rows, name):
     queue = normalize(torch.randn(11, 5, dtype=torch.float64), dim=1)
     gradients = NAMES[name](rows, queue)
@@ -215,25 +157,6 @@ def test_parts_are_the_papers_formulas(rows, name):
     for part in range(2):
         found = torch.cat((gradients.positive, gradients.negative)[part])
         assert_gradient(found, torch.tensor([row[part] for row in expected], dtype=torch.float64), 1e-12)
-
-
-def test_vicreg_parts_are_the_derivatives_in_loops(rows):
-    gradients = vicreg_gradients(*rows, **VICREG)
-    for view, (z, m) in enumerate(((rows[0], rows[3]), (rows[1], rows[2]))):
-        z, m, n, d = z.tolist(), m.tolist(), 7, 5
-        mean = [sum(row[k] for row in z) / n for k in range(d)]
-        x = [[row[k] - mean[k] for k in range(d)] for row in z]
-        cov = [[sum(row[a] * row[b] for row in x) / (n - 1) for b in range(d)] for a in range(d)]
-        std = [math.sqrt(cov[k][k] + 1e-4) for k in range(d)]
-        assert 0 < sum(s < 1 for s in std) < d                  # the hinge is at work in some dimensions
-        for i in range(n):
-            for k in range(d):
-                positive = 2 * 25 * 2 * (z[i][k] - m[i][k]) / (n * d)
-                push = -x[i][k] / ((n - 1) * std[k]) / d if std[k] < 1 else 0.0
-                decorrelate = sum(4 * cov[k][j] * x[i][j] for j in range(d) if j != k) / ((n - 1) * d)
-                negative = 2 * (25 * push + decorrelate)
-                assert gradients.positive[view][i, k].item() == pytest.approx(n * positive, rel=1e-12)
-                assert gradients.negative[view][i, k].item() == pytest.approx(n * negative, rel=1e-10)
 
 
 # --- what they minimise --------------------------------------------------------------------------------------------------
@@ -253,7 +176,7 @@ def objective(name, z, m, everything, queue, F):
     if name == "barlow":
         C = z.T @ m / len(z)
         return -2 * C.trace() + 50 * C.square().sum()
-    if name == "directpred":
+    if name == "byol_directpred":
         W, _ = metric(F, 0.3)
         return -torch.cosine_similarity(z @ W, m).mean()
     x = z - z.mean(0)
@@ -277,7 +200,7 @@ def test_objective_and_its_gradient(rows, name):
     wanted = torch.autograd.grad(expected, z[:2], retain_graph=True)
     found = torch.autograd.grad(gradients.loss(), z[:2])
     assert gradients.loss().item() == gradients.objective.item()
-    if name == "directpred":                                    # as published it is close to the gradient, not equal
+    if name == "byol_directpred":                                    # as published it is close to the gradient, not equal
         cosine = torch.cosine_similarity(torch.cat(found).flatten(), torch.cat(wanted).flatten(), dim=0)
         assert 0.9 < cosine < 1 - 1e-6
         return
@@ -312,9 +235,54 @@ def test_vicreg_on_two_ranks_has_the_published_losss_gradient(golden):
 def test_simsiam_is_directpred_towards_itself():
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 9, 4, dtype=torch.float64)
-    found = unigrad_simsiam_loss_func(z1, z2, None, rho=0.9, eps=0.3)
+    found = unigrad_simsiam_loss_func(z1, z2, z1, z2, None, rho=0.9, eps=0.3)
     expected = unigrad_byol_directpred_loss_func(z1, z2, z1, z2, None, rho=0.9, eps=0.3)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_form_is_called_alike():
+    """z1, z2, m1, m2, a memory where there is one, then numbers by name; (loss, similarity), and the memory's next value."""
+    shared = ["z1", "z2", "m1", "m2"]
+    found = {}
+    for name in (name for name in losses.__all__ if name.startswith("unigrad_")):
+        parameters = inspect.signature(getattr(losses, name)).parameters
+        positional = [p for p, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        assert positional[:4] == shared, name
+        found[name.removeprefix("unigrad_").removesuffix("loss_func").rstrip("_")] = positional[4:]
+    assert found == {"": ["F"], "byol_directpred": ["F"], "simsiam": ["F"], "moco": ["queue"],
+                     "simclr": [], "barlow": [], "vicreg": []}
+    torch.manual_seed(0)
+    z, queue = torch.randn(4, 6, 5), normalize(torch.randn(20, 5), dim=1)
+    numbers = {"lambda_": 7.0, "rho": 0.9, "eps": 0.3, "temperature": 0.2, **VICREG}
+    for form, memory in found.items():
+        function = getattr(losses, f"unigrad_{form}_loss_func".replace("__", "_"))
+        asked = {name: numbers[name] for name in inspect.signature(function).parameters if name in numbers}
+        loss, similarity, *after = function(*z, *([queue] if form == "moco" else [None] * len(memory)), **asked)
+        assert loss.shape == similarity.shape == () and len(after) == len(memory), form
+        assert similarity.item() == pytest.approx((cosine(z[0], z[3]) + cosine(z[1], z[2])) / 2, abs=1e-6)
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a, b).mean().item()
+
+
+@pytest.mark.parametrize("images", [3, 12])
+def test_mocos_queue_is_its_newest_targets(images):
+    torch.manual_seed(0)
+    z, queue = torch.randn(4, images, 5, dtype=torch.float64), normalize(torch.randn(20, 5, dtype=torch.float64), dim=1)
+    *_, after = unigrad_moco_loss_func(*z, queue, temperature=0.2)
+    rows = torch.cat([queue, normalize(z[2], dim=1), normalize(z[3], dim=1)])
+    assert torch.equal(after, rows[2 * images :] if images == 3 else rows[-20:])
+    assert torch.equal(queue, rows[:20])                        # the given one stays
+
+
+def test_mocos_queue_takes_the_targets_of_all_ranks():
+    torch.manual_seed(0)
+    z, queue = torch.randn(4, 4, 5, dtype=torch.float64), normalize(torch.randn(20, 5, dtype=torch.float64), dim=1)
+    *_, whole = unigrad_moco_loss_func(*z, queue, temperature=0.2)
+    share = lambda rank: unigrad_moco_loss_func(*z[:, 2 * rank : 2 * rank + 2], queue, temperature=0.2)[2].numpy()  # noqa: E731
+    for found in run_ranks(share):
+        torch.testing.assert_close(torch.from_numpy(found), whole, rtol=0, atol=0)
 
 
 def test_moco_delivers_its_parts():

@@ -41,16 +41,10 @@ def heads_only(form, constants, **kwargs):
 def direct(form, z1, z2, m1, m2, memory, constants):
     """The loss function's scalar, and the memory after it; MoCo's is the queue."""
     c = {name: value for name, value in constants.items() if name not in ("queue_size", "eigen_every")}
-    if form == "unigrad":
-        loss, _, memory = forms.unigrad_loss_func(z1, z2, m1, m2, memory, **c)
-    elif form in ("simsiam", "byol_directpred"):
-        loss, _, memory = forms.unigrad_byol_directpred_loss_func(z1, z2, m1, m2, memory, **c)
-    elif form == "moco":
-        loss, _ = forms.unigrad_moco_loss_func(z1, z2, m1, m2, memory, **c)
-        memory = memory.clone()
-        memory[:12] = normalize(torch.cat([m1, m2]), dim=1)
-    else:
-        loss, _ = getattr(forms, f"unigrad_{form}_loss_func")(z1, z2, m1, m2, **c)
+    function = forms.unigrad_loss_func if form == "unigrad" else getattr(forms, f"unigrad_{form}_loss_func")
+    if form in ("simclr", "barlow", "vicreg"):
+        return function(z1, z2, m1, m2, **c)[0], None
+    loss, _, memory = function(z1, z2, m1, m2, memory, **c)
     return loss, memory
 
 

@@ -22,10 +22,11 @@ from tests.methods.test_golden import Features, Targets
 
 CROPS = [{**VIEW, "num_crops": 2}, {**VIEW, "crop_size": 12, "num_crops": 2}, {**VIEW, "crop_size": 8}]
 CIFAR = {"symmetric": False, "proj_layers": 2, "proj_last_norm": False, "pred_hidden_dim": 0, "queue_size": 32}
+FEW = [CROPS[0], *({**crop, "num_crops": 1} for crop in CROPS[1:])]           # one of each size
 VARIANTS = {
-    "multicrop": {"augmentations": CROPS},
+    "multicrop": {"augmentations": FEW},
     "cifar": {"method_kwargs": CIFAR},
-    "cifar with crops": {"method_kwargs": CIFAR, "augmentations": CROPS},
+    "cifar with crops": {"method_kwargs": CIFAR, "augmentations": FEW},
     "in batch": {"method_kwargs": {"in_batch": True, "mask_self": True, "queue_size": 0}},
     "both, scheduled": {
         "method_kwargs": {
