@@ -72,7 +72,8 @@ def test_a_dense_loss_would_fail_here():
 
 
 # Height and width of images, and the blocks [N, f] of their representation that its distances have alive at once; those
-# that are made of a few images at a time have 2^17 numbers beside them, however many images there are.
+# that are made of a few images at a time have `NUMBERS` beside them, however many images there are.
+NUMBERS = 1 << 17
 BLOCKS = {"raw": (256, 64, 4), "local_std": (256, 64, 8), "augmented": (256, 64, 11), "hog": (32, 32, 3),
           "scattering": (32, 32, 3)}
 
@@ -82,13 +83,13 @@ def of_representation(name, n):
     height, width, blocks = BLOCKS[name]
     images = torch.randn(n, 3, height, width)
     widest = max(block.shape[1] for block in represent(name, images[:1]))
-    parts = 1 << 17 if name in ("hog", "scattering") else 0
+    parts = NUMBERS if name in ("hog", "scattering") else 0
     return peak_bytes(lambda: mvmr._distances(represent(name, images))), 4 * (blocks * n * widest + parts + 6 * n * n)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_representation_is_held_in_blocks(name, monkeypatch):
-    for module, size, value in ((base, "WIDTH", 1024), (mvmr, "WIDTH", 1024), (base, "AT_ONCE", 1 << 17)):
+    for module, size, value in ((base, "WIDTH", 1024), (mvmr, "WIDTH", 1024), (base, "AT_ONCE", NUMBERS)):
         monkeypatch.setattr(module, size, value)
     for n in (8, 16):
         found, most = of_representation(name, n)
