@@ -14,7 +14,6 @@ from solo.errors import ConfigError, EnvironmentFault, NumericsError, reported
 from solo.experiment import experiment
 from solo.methods import All4One
 from solo.methods.nnclr import NNCLR
-from solo.methods.unigrad import CONSTANTS
 from solo.run import pretrain
 from tests.tiny import values
 
@@ -56,23 +55,23 @@ def test_the_run_is_the_one_with_the_values_found(place, caplog):
     assert all(torch.equal(value, old[name]) for name, value in weights(given).items())
 
 
-FORMS = ({"form": "unigrad", "lambda_": 3.0}, *({"form": form} for form in CONSTANTS if form != "unigrad"))
-ADAM = {"name": "adam", "lr": 1e-4, "kwargs": {}}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method, changes", [
     ("sce", {}),
-    *(("unigrad", {"method_kwargs": form, "momentum": momentum}) for form in FORMS for momentum in ({}, None)),
-    ("mvmr", {"optimizer": ADAM}),
-], ids=lambda value: value if isinstance(value, str) else value.get("method_kwargs", {}).get("form", ""))
-def test_losses_of_every_sign_and_size_find_both(caplog, method, changes):
+    ("unigrad", {"method_kwargs": {"lambda_": 3.0}}),
+    ("unigrad", {"method_kwargs": {"form": "simsiam"}, "momentum": None}),
+    ("unigrad", {"method_kwargs": {"form": "byol_directpred"}}),
+    ("unigrad", {"method_kwargs": {"form": "vicreg"}}),
+    ("mvmr", {"optimizer": {"name": "adam", "lr": 1e-4, "kwargs": {}}}),
+], ids=["sce", "unigrad", "simsiam", "byol_directpred", "vicreg", "mvmr"])
+def test_losses_of_every_sign_and_size_find_both(caplog, monkeypatch, method, changes):
     """A loss may be below 0, near it, or rise at first."""
+    monkeypatch.setattr(tuning, "MAX_BATCH", 16)
     config = experiment(values(method, "runs", **changes, **BOTH))
     with caplog.at_level("INFO", "solo"):
         found = tuning.tuned(config, {"accelerator": "cpu", "devices": 1}, 1, tuned_build).optimizer
     low, high = tuning._RATES.get(found.name, tuning._OTHER_RATES)
-    assert low < found.lr * found.batch_size / 256 < high and found.batch_size > 8
+    assert low < found.lr * found.batch_size / 256 < high and found.batch_size == 16
     batch, rate = (line for line in caplog.messages if line.startswith("auto_"))    # in this order
     assert batch.startswith(f"auto_batch_size: optimizer.batch_size={found.batch_size}, ")
     assert rate.startswith(f"auto_lr: optimizer.lr={found.lr:g} per 256 images, ")
