@@ -11,6 +11,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from solo import checkpoint
@@ -26,7 +27,7 @@ class TowerConfig:
     Attributes:
         library: ``timm``, or ``open_clip`` (the extra ``clip``).
         name: of the model in its library; a timm name may end with the tag of its weights.
-        tag: of open_clip's weights, e.g. ``laion400m_e32``.
+        tag: of open_clip's weights, e.g. ``laion400m_e32``; beside a file, of those whose normalisation and activation it has.
         weights: file with the tower's plain state dict, read instead of fetching the library's weights.
     """
 
@@ -40,15 +41,15 @@ class TowerConfig:
             raise ValueError(f"name: no timm model {self.name!r}{suggestion(self.name, timm.list_models())}")
         if self.library == "timm" and self.tag is not None:
             raise ValueError(f"tag is open_clip's; timm's weights are part of the name: {self.name}.{self.tag}")
-        if self.library == "open_clip" and (self.tag is None) == (self.weights is None):
-            raise ValueError("an open_clip tower needs either the tag of its weights or a file: tag=... or weights=...")
+        if self.library == "open_clip" and self.tag is None and self.weights is None:
+            raise ValueError("an open_clip tower needs the tag of its weights or a file: tag=... or weights=...")
 
 
 class _Parts(NamedTuple):
-    """A model [B, 3, size, size] -> [B, F], and what its images look like."""
+    """A model [B, 3, *size] -> [B, F], which may come first in a tuple, and what its images look like."""
 
     model: nn.Module
-    size: int
+    size: tuple[int, int]
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -80,8 +81,14 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        x = F.interpolate(pixels, (self.size, self.size), mode="bilinear", align_corners=False)
-        return self._model[0]((x - self._mean) / self._std)             # grey images become three channels here
+        x = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False)
+        features = self._model[0]((x - self._mean) / self._std)         # grey images become three channels here
+        if isinstance(features, tuple):                                 # pooled, and the tokens
+            features = features[0]
+        if features.dim() != 2:
+            raise ConfigError(f"the teacher {self.config.name} makes {list(features.shape)} of images {list(x.shape)}, "
+                              f"not features [images, numbers]: choose another")
+        return features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tower":
         super()._apply(fn, recurse)
@@ -100,7 +107,7 @@ class Tower(nn.Module):
 def _timm(config: TowerConfig) -> _Parts:
     model = _fetched(config, lambda: timm.create_model(config.name, pretrained=config.weights is None, num_classes=0))
     facts = timm.data.resolve_model_data_config(model)
-    return _Parts(model, facts["input_size"][-1], facts["mean"], facts["std"])
+    return _Parts(model, facts["input_size"][1:], facts["mean"], facts["std"])
 
 
 def _open_clip(config: TowerConfig) -> _Parts:
@@ -115,10 +122,17 @@ def _open_clip(config: TowerConfig) -> _Parts:
         if value is not None and value not in known:
             hint = suggestion(value, known) or f" (known: {', '.join(known)})"
             raise ConfigError(f"the teacher's {what}: no {value!r} in open_clip{hint}")
-    visual = _fetched(config, lambda: open_clip.create_model(config.name, pretrained=config.tag)).visual
+    tags = [config.tag] if config.tag else open_clip.list_pretrained_tags_by_model(config.name)
+    rows = [open_clip.get_pretrained_cfg(config.name, tag) for tag in tags] or [{}]
+    normalisations = [{key: row.get(key) for key in ("mean", "std")} for row in rows]
+    if any(each != normalisations[0] for each in normalisations):
+        raise ConfigError(f"weights of {config.name} differ in their normalisation: give the teacher's tag beside its file")
+    visual = _fetched(config, lambda: open_clip.create_model(
+        config.name, pretrained=None if config.weights else config.tag, force_preprocess_cfg=normalisations[0],
+        force_quick_gelu=bool(config.tag and rows[0].get("quick_gelu")),
+    )).visual
     facts = visual.preprocess_cfg
-    size = facts["size"]
-    return _Parts(visual, size if isinstance(size, int) else size[-1], facts["mean"], facts["std"])
+    return _Parts(visual, to_2tuple(facts["size"]), facts["mean"], facts["std"])
 
 
 _LIBRARIES: dict[str, Callable[[TowerConfig], _Parts]] = {"timm": _timm, "open_clip": _open_clip}

@@ -42,6 +42,8 @@ _RATE_STEPS = 100
 # Rates tried, of the whole batch: MV-MR's range for Adam; SGD and LARS live higher. Elsewhere large rates only collapse.
 _RATES = {"adam": (1e-5, 1e-1), "adamw": (1e-5, 1e-1)}
 _OTHER_RATES = (1e-3, 10.0)
+_FIRST_RATES = 10       # that are not judged: the smoothed loss still settles
+_DIVERGED = 4.0         # times the first loss, or times 1 where that is smaller; losses may begin near 0 or below it
 # The Trainer's arguments that decide what a step computes and how much memory it takes.
 _STEP = ("accelerator", "devices", "strategy", "precision", "accumulate_grad_batches", "gradient_clip_val",
          "gradient_clip_algorithm", "deterministic", "benchmark", "detect_anomaly")
@@ -64,7 +66,7 @@ def tuned(
     Raises:
         ConfigError: several processes; a rate for a checkpoint; no batch size suits the method.
         EnvironmentFault: the smallest batch does not fit in memory; the file cannot be written.
-        NumericsError: no rate lowers the loss.
+        NumericsError: the loss diverges at almost every rate.
     """
     wanted = [name for name in ("auto_batch_size", "auto_lr") if getattr(config, name)]
     if not wanted:
@@ -163,14 +165,17 @@ def _rate(method: Method, batches: "_Batches", arguments: dict[str, Any]) -> tup
     low, high = _RATES.get(method.optimizer_config.name, _OTHER_RATES)
     with _tuner(arguments, batches) as tuner:
         finder = tuner.lr_find(
-            _Trial(method), datamodule=batches, min_lr=low, max_lr=high, num_training=_RATE_STEPS, update_attr=False
+            _Trial(method), datamodule=batches, min_lr=low, max_lr=high, num_training=_RATE_STEPS,
+            early_stop_threshold=None, update_attr=False,               # its stop takes every loss below 0 for a diverging one
         )
     assert finder is not None
-    rate = finder.suggestion()
+    rates, losses = finder.results["lr"], finder.results["loss"]
+    limit = _DIVERGED * max(1.0, abs(losses[0]))
+    end = next((step for step, loss in enumerate(losses) if not loss < limit), len(losses) - 1)
+    rate = finder.suggestion(_FIRST_RATES, len(losses) - end) if end - _FIRST_RATES > 1 else None
     if rate is None:
-        raise NumericsError(f"auto_lr: too few rates from {low:g} on leave the loss finite: give optimizer.lr")
-    judged = finder.results["lr"][10:-1]
-    return float(rate), rate in (judged[0], judged[-1])
+        raise NumericsError(f"auto_lr: the loss diverges already at a rate of {rates[end]:.3g}: give optimizer.lr")
+    return float(rate), rate in (rates[_FIRST_RATES], rates[end - 1])
 
 
 @contextmanager

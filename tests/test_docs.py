@@ -1,5 +1,6 @@
 """The programs in docs/ run as they stand."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from solo import config
@@ -20,6 +22,8 @@ from solo.data.datasets import DATASETS
 from solo.errors import Interrupted, SoloError
 from solo.eval.linear import LinearConfig
 from solo.methods import METHODS
+from solo.methods.unigrad import CONSTANTS
+from solo.nn import Momentum
 from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
 
@@ -105,6 +109,46 @@ def test_documents_name_recipes_and_documents_that_exist():
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
         for folder, name in re.findall(r"--config-path (\S+) --config-name (\S+\.yaml)", text):
             assert (ROOT / folder / name.rstrip("`")).is_file(), f"{document.name} names {folder}/{name}"
+
+
+def table(page, heading):
+    """The rows below a heading of a page, without their header, as lists of cells."""
+    text = re.search(rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)[1]
+    return [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in text.splitlines()]
+
+
+def default(text):
+    """A cell's value: YAML, ``none``, or the ends of a teacher's momentum."""
+    if ends := re.fullmatch(r"(\S+) -> (\S+)", text):
+        return Momentum(base_tau=float(ends[1]), final_tau=float(ends[2]))
+    return None if text == "none" else yaml.safe_load(text.replace("`", ""))
+
+
+@pytest.mark.parametrize("name", sorted({field.stem for field in (ROOT / "docs" / "methods").glob("*.md")}))
+def test_fields_and_defaults_of_a_methods_page_are_the_codes(name):
+    page, found = (ROOT / "docs" / "methods" / f"{name}.md").read_text(), {}
+    for names, defaults, *_ in table(page, "field"):
+        if fields := re.findall(r"`(\w+)`", names.split(" (")[0]):
+            values = defaults.split(", ") if len(fields) > 1 and "," in defaults else [defaults] * len(fields)
+            found |= dict(zip(fields, map(default, values), strict=True))
+    config = METHODS[name].Config()
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if name == "unigrad":                                       # its forms' constants have a table of their own
+        own = {field: value for field, value in own.items() if all(field not in row for row in CONSTANTS.values())}
+    assert found == own
+
+
+def test_constants_of_unigrads_forms_are_the_codes():
+    page, found = (ROOT / "docs" / "methods" / "unigrad.md").read_text(), {}
+    for forms, *_, constants in table(page, "`form`"):
+        for form in re.findall(r"`(\w+)`", forms):
+            found[form] = {field: default(value) for field, value in re.findall(r"`(\w+)` (?:[a-z] )?([\d.]+)", constants)}
+    assert found == CONSTANTS
+
+
+def test_each_method_has_a_page():
+    shipped = {name for name in METHODS if METHODS[name].__module__.startswith("solo.")}
+    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == shipped
 
 
 def test_unigrads_published_linear_evaluation_composes():

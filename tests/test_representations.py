@@ -28,9 +28,9 @@ def assert_close(found, expected):
 def test_equal_official(golden, size, dtype):
     g = golden(f"mvmr_repr_{size}")
     image = g["image"].double().to(dtype)
-    zero, *rest = scattering_maps(image)
-    first, second = [maps[:, :, :1] for maps in rest], [maps[:, :, 1:] for maps in rest]
-    assert_close(torch.cat([zero, *first, *second], dim=2), g["scattering"])
+    of_image, *of_moduli = scattering_maps(image)
+    first, second = [maps[:, :, :1] for maps in of_moduli], [maps[:, :, 1:] for maps in of_moduli]
+    assert_close(torch.cat([of_image[:, :, :1], *first, of_image[:, :, 1:], *second], dim=2), g["scattering"])
     assert whole("scattering", image).shape == (1, g["scattering"].numel())
     assert_close(whole("scattering", image).sum() * 32, g["scattering"].double().sum())
     assert_close(whole("hog", image).view_as(g["hog"]), g["hog"])

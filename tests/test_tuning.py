@@ -1,6 +1,8 @@
 """auto_batch_size and auto_lr: the run uses what is found, the same command finds it again, and nothing else changes."""
 
+import itertools
 import json
+import math
 import os
 import signal
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from solo import checkpoint, tuning
-from solo.errors import ConfigError, EnvironmentFault, reported
+from solo.errors import ConfigError, EnvironmentFault, NumericsError, reported
 from solo.experiment import experiment
 from solo.methods import All4One
 from solo.methods.nnclr import NNCLR
@@ -51,6 +53,54 @@ def test_the_run_is_the_one_with_the_values_found(place, caplog):
     assert given.run_dir == result.run_dir                                  # one experiment, however its values came about
     old = checkpoint.read(place / f"{result.run_dir}.old1")["state_dict"]
     assert all(torch.equal(value, old[name]) for name, value in weights(given).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, changes", [
+    ("sce", {}),
+    ("unigrad", {"method_kwargs": {"lambda_": 3.0}}),
+    ("unigrad", {"method_kwargs": {"form": "simsiam"}, "momentum": None}),
+    ("unigrad", {"method_kwargs": {"form": "byol_directpred"}}),
+    ("unigrad", {"method_kwargs": {"form": "vicreg"}}),
+    ("mvmr", {"optimizer": {"name": "adam", "lr": 1e-4, "kwargs": {}}}),
+], ids=["sce", "unigrad", "simsiam", "byol_directpred", "vicreg", "mvmr"])
+def test_losses_of_every_sign_and_size_find_both(caplog, monkeypatch, method, changes):
+    """A loss may be below 0, near it, or rise at first."""
+    monkeypatch.setattr(tuning, "MAX_BATCH", 16)
+    config = experiment(values(method, "runs", **changes, **BOTH))
+    with caplog.at_level("INFO", "solo"):
+        found = tuning.tuned(config, {"accelerator": "cpu", "devices": 1}, 1, tuned_build).optimizer
+    low, high = tuning._RATES.get(found.name, tuning._OTHER_RATES)
+    assert low < found.lr * found.batch_size / 256 < high and found.batch_size == 16
+    batch, rate = (line for line in caplog.messages if line.startswith("auto_"))    # in this order
+    assert batch.startswith(f"auto_batch_size: optimizer.batch_size={found.batch_size}, ")
+    assert rate.startswith(f"auto_lr: optimizer.lr={found.lr:g} per 256 images, ")
+    assert f" at {found.batch_size} images a step" in rate
+
+
+def scripted(monkeypatch, loss):
+    """A search over a method whose loss at step n is ``loss(n)``."""
+    steps, losses = itertools.count(), NNCLR.losses
+
+    def instead(self, batch):
+        out = losses(self, batch)
+        return {**out, "loss": 0 * out["loss"] + loss(next(steps))}
+
+    monkeypatch.setattr(NNCLR, "losses", instead)
+    return tuning.tuned(experiment(values("nnclr", "runs", auto_lr=True)), {"accelerator": "cpu", "devices": 1}, 1, tuned_build)
+
+
+@pytest.mark.parametrize("after", [1e3, math.nan, math.inf])
+def test_a_rate_is_not_sought_where_the_loss_has_diverged(monkeypatch, after):
+    """It falls a little at each rate, bursts at the 15th, and then comes down by far more."""
+    found = scripted(monkeypatch, lambda step: -0.5 - 0.01 * step if step < 15 else after - 1e6 * (step > 15))
+    assert found.optimizer.lr * 8 / 256 < 1e-3 * 10 ** (4 * 15 / 20)
+
+
+def test_a_loss_that_diverges_at_once_is_one_line(monkeypatch, caplog):
+    with pytest.raises(NumericsError, match=r"^auto_lr: the loss diverges already at a rate of 0.0\d+: give optimizer.lr$"):
+        scripted(monkeypatch, lambda step: 10.0**step)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 class Stop(Exception):

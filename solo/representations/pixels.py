@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solo.errors import ConfigError
 from solo.losses.mvmr import SCALE
-from solo.representations.base import REPRESENTATIONS, bands
+from solo.representations.base import REPRESENTATIONS, bands, in_parts
 
 _BINS, _CELL = 24, 8
 
@@ -36,19 +36,24 @@ def hog(images: Tensor) -> Iterator[Tensor]:
     As published, a pixel votes with its gradient's length m in the bin below its direction and with 1 - m (not an
     interpolation) in the bin above; both are one bin where the direction is a whole number of bins, and in flat areas.
     """
-    n, _, height, width = images.shape
-    rows, columns = height // _CELL, width // _CELL
-    if not rows * columns:
+    height, width = images.shape[-2:]
+    if min(height, width) < _CELL:
         raise ConfigError(f"the representation hog needs images of at least {_CELL} px, got {height} x {width}")
-    y, x = (torch.arange(cells * _CELL, device=images.device) // _CELL for cells in (rows, columns))
+    return (in_parts(_histograms, channel, 16 * height * width) for channel in images.unbind(1))
+
+
+def _histograms(channel: Tensor) -> Tensor:
+    """[B, H, W] -> [B, 24 * H/8 * W/8]."""
+    n, height, width = channel.shape
+    rows, columns = height // _CELL, width // _CELL
+    y, x = (torch.arange(cells * _CELL, device=channel.device) // _CELL for cells in (rows, columns))
     cell = _BINS * (y[:, None] * columns + x)                                   # [H, W], where its bins begin
-    place = cell + _BINS * rows * columns * torch.arange(n, device=images.device)[:, None, None]
-    for channel in images.unbind(1):
-        length, direction = (part[:, : len(y), : len(x)] for part in _gradient(channel))        # [B, H, W]
-        votes = images.new_zeros(n * rows * columns * _BINS)
-        for edge, vote in ((direction.floor(), length), (direction.ceil(), 1 - length)):
-            votes.index_add_(0, (place + edge.long() % _BINS).flatten(), vote.flatten())
-        yield votes.view(n, rows * columns, _BINS).transpose(1, 2).flatten(1) / _CELL**2
+    place = cell + _BINS * rows * columns * torch.arange(n, device=channel.device)[:, None, None]
+    length, direction = (part[:, : len(y), : len(x)] for part in _gradient(channel))            # [B, H, W]
+    votes = channel.new_zeros(n * rows * columns * _BINS)
+    for edge, vote in ((direction.floor(), length), (direction.ceil(), 1 - length)):
+        votes.index_add_(0, (place + edge.long() % _BINS).flatten(), vote.flatten())
+    return votes.view(n, rows * columns, _BINS).transpose(1, 2).flatten(1) / _CELL**2
 
 
 def _gradient(channel: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -10,43 +10,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from solo.losses.mvmr import SCALE
-from solo.representations.base import REPRESENTATIONS
+from solo.representations.base import REPRESENTATIONS, in_parts
 
 _J, _L = 2, 8           # scales, angles
 _STEP = 2**_J           # pixels between two outputs
 _PI = 3.1415            # of the published filters' norm
-_AT_ONCE = 1 << 23      # complex numbers that are transformed at once
 
 
 @REPRESENTATIONS.register("scattering")
 def scattering(images: Tensor) -> Iterator[Tensor]:
-    """81 maps of a quarter of the resolution per colour channel, divided by 32 as published, in 17 blocks of each."""
-    return (channel.flatten(1) / SCALE for maps in scattering_maps(images) for channel in maps.unbind(1))
+    """81 maps of a quarter of the resolution per colour channel, divided by 32 as published, in 9 blocks of each."""
+    return (maps.flatten(1).div_(SCALE) for channel in images.split(1, dim=1) for maps in scattering_maps(channel))
 
 
 @torch.no_grad()
 def scattering_maps(images: Tensor) -> Iterator[Tensor]:
-    """Maps [B, C, P, H/4, W/4]: alone the image smoothed; then, for each scale and angle, its modulus smoothed, followed
-    by the 8 smoothed moduli of that modulus at the next scale.
+    """Maps [B, C, 9, H/4, W/4] of the image, then of its modulus at each of the finer scale's eight angles: it smoothed,
+    followed by its eight smoothed moduli at the coarser scale.
 
     Smoothing is separable, so that with its subsampling and the cropping of the border it is a small matrix per axis.
+    Each set begins with the images anew, a few at a time, so that no spectrum is held.
     """
-    height, width = images.shape[-2:]
+    channels, height, width = images.shape[1:]
     filters = _filters(height, width, images.dtype, images.device)
-    (left, right), (top, bottom) = _border(width), _border(height)
-    x = F.pad(images, (left, right, top, bottom), mode="reflect")
-    yield filters.smooth[0](x)[:, :, None]
-    spectrum = torch.fft.fft2(x)[:, :, None]                                    # [B, C, 1, H', W']
-    angles = max(1, _AT_ONCE // spectrum.numel())
-    for scale in range(_J):
-        for wavelet in filters.wavelets[0][scale]:
-            first = _modulus(spectrum, wavelet, 2**scale)
-            maps = [filters.smooth[scale](first)]
-            for second in range(scale + 1, _J):
-                inner = torch.fft.fft2(first)
-                maps += [filters.smooth[second](_modulus(inner, some, 2 ** (second - scale)))
-                         for some in filters.wavelets[scale][second].split(angles)]
-            yield torch.cat(maps, dim=2)
+    numbers = 16 * channels * _padded(height) * _padded(width)
+    for wavelet in (None, *filters.fine):
+        yield in_parts(partial(_maps, filters=filters, wavelet=wavelet), images, numbers)
+
+
+def _maps(images: Tensor, filters: "_Filters", wavelet: Tensor | None) -> Tensor:
+    height, width = images.shape[-2:]
+    x = F.pad(images, (*_border(width), *_border(height)), mode="reflect")[:, :, None]      # [B, C, 1, H', W']
+    x = x if wavelet is None else _modulus(x, wavelet, 1)
+    return torch.cat([filters.smooth[0](x), filters.smooth[1](_modulus(x, filters.coarse, 2))], dim=2)
 
 
 def _padded(size: int) -> int:
@@ -59,9 +55,9 @@ def _border(size: int) -> tuple[int, int]:
     return extra // 2, extra - extra // 2
 
 
-def _modulus(spectrum: Tensor, wavelet: Tensor, step: int) -> Tensor:
-    """|image * wavelet| at every ``step``-th pixel: the product of the spectra, folded and averaged."""
-    (x, y), *rest = zip(_tiles(spectrum, step), _tiles(wavelet, step), strict=True)
+def _modulus(x: Tensor, wavelet: Tensor, step: int) -> Tensor:
+    """|x * wavelet| at every ``step``-th pixel: the product of the spectra, folded and averaged."""
+    (x, y), *rest = zip(_tiles(torch.fft.fft2(x), step), _tiles(wavelet, step), strict=True)
     folded = x * y
     for x, y in rest:
         folded.addcmul_(x, y)
@@ -84,9 +80,10 @@ class _Smooth(NamedTuple):
 
 
 class _Filters(NamedTuple):
-    """``wavelets[r][j]``: spectra [8, H', W'] of scale j for maps of resolution 2^-r; ``smooth[r]`` for such maps."""
+    """Spectra [8, H', W'] of the two scales' wavelets; ``smooth[r]`` for maps of resolution 2^-r."""
 
-    wavelets: list[list[Tensor]]
+    fine: Tensor
+    coarse: Tensor
     smooth: list[_Smooth]
 
 
@@ -94,11 +91,10 @@ class _Filters(NamedTuple):
 @torch.inference_mode(False)
 def _filters(height: int, width: int, dtype: torch.dtype, device: torch.device) -> _Filters:
     sides = _padded(height), _padded(width)
-    spectra = [torch.stack([torch.fft.fft2(_morlet(sides, j, t)).real for t in range(_L)]) for j in range(_J)]
-    wavelets = [[_coarse(_coarse(spectrum, r, -2), r, -1).to(device, dtype.to_complex()) for spectrum in spectra]
-                for r in range(_J)]
+    fine, coarse = (torch.stack([torch.fft.fft2(_morlet(sides, j, t)).real for t in range(_L)]).to(device, dtype.to_complex())
+                    for j in range(_J))
     smooth = [_Smooth(*(_low_pass(side, r).to(device, dtype) for side in sides)) for r in range(_J)]
-    return _Filters(wavelets, smooth)
+    return _Filters(fine, coarse, smooth)
 
 
 def _morlet(sides: tuple[int, int], j: int, t: int) -> Tensor:
@@ -120,13 +116,12 @@ def _gabor(sides: tuple[int, int], sigma: float, angle: float, frequency: float,
     return tiles / (2 * _PI * sigma**2 / slant)
 
 
-def _coarse(spectrum: Tensor, r: int, dim: int) -> Tensor:
-    """A filter's spectrum at resolution 2^-r along one axis: the middle band set to zero, the rest folded."""
-    side = spectrum.shape[dim]
+def _at_resolution(spectrum: Tensor, r: int) -> Tensor:
+    """The spectrum [side] of a filter at resolution 2^-r: the middle band set to zero, the rest folded."""
+    side = len(spectrum)
     kept = torch.ones(side, dtype=spectrum.dtype)
     kept[side // 2 ** (r + 1) :][: int(side * (1 - 2.0**-r))] = 0
-    kept = kept.view(-1, *[1] * (-1 - dim))
-    return (spectrum * kept).unflatten(dim, (2**r, side // 2**r)).sum(dim - 1)
+    return (spectrum * kept).view(2**r, -1).sum(0)
 
 
 def _low_pass(side: int, r: int) -> Tensor:
@@ -134,6 +129,6 @@ def _low_pass(side: int, r: int) -> Tensor:
     sigma = 0.8 * 2 ** (_J - 1)
     x = torch.arange(-2 * side, 3 * side, dtype=torch.float64)
     gauss = torch.exp(x.square() / (-2 * sigma**2)).unflatten(0, (5, side)).sum(0) / math.sqrt(2 * _PI * sigma**2)
-    spectrum = _coarse(torch.fft.fft(gauss).real, r, -1)
+    spectrum = _at_resolution(torch.fft.fft(gauss).real, r)
     circulant = torch.fft.ifft(torch.fft.fft(torch.eye(side // 2**r, dtype=torch.float64)) * spectrum).real
     return circulant[:: 2 ** (_J - r)][1:-1]

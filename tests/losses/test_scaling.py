@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from solo.bench.memory import peak_bytes
 from solo.kernels import blocks, neighbours
-from solo.losses import nnclr_loss_func, sce_loss_func, simclr_loss_func
+from solo.losses import mvmr, nnclr_loss_func, sce_loss_func, simclr_loss_func
+from solo.representations import base, represent
 from solo.testing import run_ranks
 from tests.losses.test_contrast import infonce_part, rows, simclr_part
 
@@ -68,6 +69,39 @@ def test_a_dense_loss_would_fail_here():
 
     assert peak_bytes(dense(256, 80000)) > 1.9 * peak_bytes(dense(256, 40000)) > 0
     assert peak_bytes(dense(256, 40000)) >= 256 * 40000 * 4
+
+
+# Height and width of images, and the blocks [N, f] of their representation that its distances have alive at once; those
+# that are made of a few images at a time have `NUMBERS` beside them, however many images there are.
+NUMBERS = 1 << 17
+BLOCKS = {"raw": (256, 64, 4), "local_std": (256, 64, 8), "augmented": (256, 64, 11), "hog": (32, 32, 3),
+          "scattering": (32, 32, 3)}
+
+
+def of_representation(name, n):
+    """Bytes that the distances of n images' representation take, and that they may."""
+    height, width, blocks = BLOCKS[name]
+    images = torch.randn(n, 3, height, width)
+    widest = max(block.shape[1] for block in represent(name, images[:1]))
+    parts = NUMBERS if name in ("hog", "scattering") else 0
+    return peak_bytes(lambda: mvmr._distances(represent(name, images))), 4 * (blocks * n * widest + parts + 6 * n * n)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_representation_is_held_in_blocks(name, monkeypatch):
+    for module, size, value in ((base, "WIDTH", 1024), (mvmr, "WIDTH", 1024), (base, "AT_ONCE", NUMBERS)):
+        monkeypatch.setattr(module, size, value)
+    for n in (8, 16):
+        found, most = of_representation(name, n)
+        assert 0 < found <= most
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_made_at_once_would_fail_here(name, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "WIDTH", 1024)
+        _, most = of_representation(name, 16)
+    assert of_representation(name, 16)[0] > most
 
 
 @pytest.mark.parametrize("part", [simclr_part, infonce_part])
