@@ -14,6 +14,7 @@ import yaml
 from solo import config
 from solo.experiment import experiment
 from tests.conftest import ROOT
+from tests.forks import Fork
 from tests.tiny import values
 
 
@@ -206,21 +207,9 @@ def test_run_leaves_nothing_beside_its_directory(cli, tmp_path):
 
 def command(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "main_pretrain.py"),
-            "--config-path",
-            str(folder),
-            "--config-name",
-            "tiny.yaml",
-            *arguments,
-        ],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    words = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
+    return Fork(
+        [*words, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -1,4 +1,4 @@
-"""Two processes, started by Lightning as a user's command starts them: one run, one voice, and they leave together."""
+"""Two processes, started by Lightning as by a user's command: one run, one voice, and they leave together."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import yaml
 
 from solo import checkpoint
 from tests.conftest import ROOT
+from tests.forks import Fork
 from tests.tiny import values
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def start(folder, *arguments):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    return Fork(
         [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
