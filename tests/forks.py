@@ -20,6 +20,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from solo.errors import SIGNALS
 
+FORKING = multiprocessing.get_context("fork")
+
 
 class Fork(subprocess.Popen):
     """``Popen([sys.executable, SCRIPT, ...])``, ``[sys.executable, "-m", MODULE, ...]`` or ``[sys.executable, "-c", CODE]``."""
@@ -39,7 +41,7 @@ class Fork(subprocess.Popen):
                     os.dup2(theirs, number)
             for pipe in {*pipes} - {-1, 0, 1, 2}:
                 os.close(pipe)
-            work = multiprocessing.get_context("fork").Process(target=_command, args=(args[1:], cwd, env))
+            work = FORKING.Process(target=_command, args=(args[1:], cwd, env))
             os._exit(work._bootstrap())
         self._child_created = True
         self._close_pipe_fds(*pipes)
@@ -50,6 +52,14 @@ def run(words, timeout=300, **options):
     with Fork(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def apart(function, *arguments):
+    """Call it in a fork, so that what it leaves in torch reaches no other test; its traceback is on standard error."""
+    process = FORKING.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def _command(words, cwd, env):
