@@ -75,6 +75,7 @@ def _command(words, cwd, env):
     first, *rest = words
     if first == "-m":
         sys.argv, sys.path[:0] = rest, [os.getcwd()]
+        sys.modules.pop(rest[0], None)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.argv, sys.path[:0], sys.modules["__main__"] = ["-c", *rest[1:]], [os.getcwd()], ModuleType("__main__")
