@@ -31,6 +31,20 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
+# Files with the longest tests: they begin first, so that two workers end together.
+LONGEST = ("test_chaos", "test_readme", "test_leaks", "test_compiling", "test_resume", "test_two_processes", "test_cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before the many short ones of `make test`, with which the last seconds are shared evenly."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        name = item.path.stem
+        return item.get_closest_marker("slow") is None, LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 class Golden(dict[str, torch.Tensor]):
     """Arrays of one golden file as tensors, and its parameters."""
 

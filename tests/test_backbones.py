@@ -1,7 +1,6 @@
 """Backbones: the published stem, and layouts that no CPU crashes on."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 
 from solo import backbones
 from solo.backbones import BackboneConfig
+from tests import forks
 from tests.conftest import ROOT
 
 
@@ -80,7 +80,7 @@ def test_no_width_crashes_the_process_at_224_pixels(in_chans):
     """torch 2.14's float32 backward of channels_last convolutions ends the process for some narrow widths."""
     program = STEP.format(models=MODELS, in_chans=in_chans)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    ended = forks.run([sys.executable, "-c", program], env=environment)
     assert ended.returncode == 0, f"{ended.returncode} after {ended.stdout.splitlines()[-1:]}: {ended.stderr[-300:]}"
 
 

@@ -1,19 +1,21 @@
 """The commands: Hydra's command line works, and wrong input gets one clear line and a non-zero exit before any work."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from solo import config
+from solo import checkpoint, config
 from solo.experiment import experiment
 from tests.conftest import ROOT
+from tests.forks import Fork
 from tests.tiny import values
 
 
@@ -144,8 +146,6 @@ MACHINE = {  # these are its faults: 5
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_wrong_input_is_one_clear_line(cli, tmp_path, arguments, monkeypatch):
-    import torch
-
     if "accelerator=gpu" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     if "wandb.enabled=true" in arguments and find_spec("wandb"):
@@ -206,35 +206,36 @@ def test_run_leaves_nothing_beside_its_directory(cli, tmp_path):
 
 def command(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "main_pretrain.py"),
-            "--config-path",
-            str(folder),
-            "--config-name",
-            "tiny.yaml",
-            *arguments,
-        ],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    words = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
+    return Fork(
+        [*words, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def weights(runs):
+    return checkpoint.read(next(runs.glob("*/last.ckpt")))["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four epochs of 12 steps, and the weights of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    content = values("all4one", "runs", data={"train_size": 96}, max_epochs=4)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    running = command(folder)
+    _, err = running.communicate(timeout=300)
+    assert running.returncode == 0 and not err
+    return folder / "tiny.yaml", weights(folder / "runs")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_the_same_command_continues(tmp_path, number):
-    content = values("all4one", "runs", data={"train_size": 192}, max_epochs=4)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    whole = command(tmp_path, "checkpoint.dir=whole")
+def test_signal_saves_and_the_same_command_continues(tmp_path, number, whole):
+    shutil.copy(whole[0], tmp_path)
     running = command(tmp_path)
-    csv = Path(tmp_path / "runs")
     deadline = time.monotonic() + 300
-    while not list(csv.glob("*/checkpoints/*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not list(tmp_path.glob("runs/*/checkpoints/*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
     running.send_signal(number)
     out, err = running.communicate(timeout=300)
     assert running.returncode == 128 + number, err
@@ -242,10 +243,5 @@ def test_signal_saves_and_the_same_command_continues(tmp_path, number):
     again = command(tmp_path)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0 and "continuing" in out + err, err
-    assert whole.wait(timeout=300) == 0
-    import torch
-
-    from solo import checkpoint
-
-    one, other = (checkpoint.read(next((tmp_path / folder).glob("*/last.ckpt")))["state_dict"] for folder in ("runs", "whole"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    one = weights(tmp_path / "runs")
+    assert all(torch.equal(one[key], other) for key, other in whole[1].items())

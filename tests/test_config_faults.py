@@ -1,5 +1,6 @@
 """Config files and command lines as people write them: each is read as meant, or refused with the reason."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from solo.errors import ConfigError
 from solo.experiment import experiment
 from tests.conftest import ROOT
 from tests.tiny import values
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -115,18 +118,28 @@ def test_a_run_in_a_folder_of_any_name(folder, tmp_path, monkeypatch, capsys):
     assert len(list((place / "runs").glob("*/last.ckpt"))) == 1 and not capsys.readouterr().err
 
 
+WITHOUT_ASSERTS = f"""
+import json, os, sys
+from tests import forks
+assert False
+for line in sys.stdin:
+    done = forks.run([sys.executable, {str(ROOT / "main_pretrain.py")!r}, *json.loads(line)])
+    print(json.dumps([done.returncode, done.stderr]))
+"""
+
+
 @pytest.mark.slow
 def test_without_asserts_the_checks_are_the_same(file, tmp_path):
     """``python -O``: the lines and exit codes that `test_cli` holds without it, and a run that trains."""
-    file()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-O", str(ROOT / "main_pretrain.py")]
-    command = [*program, "--config-path", str(tmp_path), "--config-name", "tiny.yaml"]
     told = "config error: unknown key optimizer.lrr: did you mean optimizer.lr?\n"
     missing = "config error: resume=none.ckpt does not exist\n"
-    for words, expected in (["optimizer.lrr=1"], (2, told)), (["resume=none.ckpt"], (2, missing)), (["max_epochs=1"], (0, "")):
-        done = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == expected, words
+    expected = {"optimizer.lrr=1": [2, told], "resume=none.ckpt": [2, missing], "max_epochs=1": [0, ""]}
+    where = ["--config-path", str(file().parent), "--config-name", "tiny.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTS], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+        input="".join(f"{json.dumps([*where, word])}\n" for word in expected),
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [*expected.values()], done.stderr
     assert list(tmp_path.glob("runs/*/last.ckpt"))
 
 
@@ -145,6 +158,5 @@ for name in sorted(set(names) - set(needs)):
     importlib.import_module(name)
 print(len(names) - len(needs))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", source], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 60, done.stderr

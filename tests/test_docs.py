@@ -5,7 +5,6 @@ import importlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from solo.methods.unigrad import CONSTANTS
 from solo.nn import Momentum
 from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +66,7 @@ def test_its_contract(program, tmp_path):
     (tmp_path / "test_sage.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sage.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = forks.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and f"{len(CHECKS)} passed" in done.stdout, done.stdout
 
 

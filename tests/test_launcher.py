@@ -14,6 +14,7 @@ import yaml
 
 from solo import checkpoint, launch
 from solo.errors import ConfigError, EnvironmentFault
+from tests import forks
 from tests.tiny import values
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,38 +51,14 @@ TORCHRUN = [
         ("--config-name=nnclr.yaml -m seed=1,2", [PYTHON, "main_pretrain.py", "--config-name=nnclr.yaml", "-m", "seed=1,2"]),
         ("--script main_linear.py checkpoint=x", [PYTHON, "main_linear.py", "checkpoint=x"]),
         ("--gpus 1", [PYTHON, "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=1", "num_nodes=1"]),
-        (
-            "--processes 2 --config-path p --config-name nnclr.yaml",
-            [
-                *TORCHRUN,
-                "--nproc-per-node=2",
-                "--standalone",
-                "main_pretrain.py",
-                "--config-path",
-                "p",
-                "--config-name",
-                "nnclr.yaml",
-                "accelerator=cpu",
-                "devices=2",
-                "num_nodes=1",
-            ],
-        ),
-        (
-            "--gpus 4 --nodes 2 --rendezvous n1:29500",
-            [
-                *TORCHRUN,
-                "--nproc-per-node=4",
-                "--nnodes=2",
-                "--rdzv-backend=c10d",
-                "--rdzv-id=solo",
-                "--rdzv-endpoint=n1:29500",
-                "main_pretrain.py",
-                *launch.QUICK_START,
-                "accelerator=gpu",
-                "devices=4",
-                "num_nodes=2",
-            ],
-        ),
+        ("--processes 2 --config-path p --config-name nnclr.yaml", [
+            *TORCHRUN, "--nproc-per-node=2", "--standalone", "main_pretrain.py", "--config-path", "p", "--config-name",
+            "nnclr.yaml", "accelerator=cpu", "devices=2", "num_nodes=1",
+        ]),
+        ("--gpus 4 --nodes 2 --rendezvous n1:29500", [
+            *TORCHRUN, "--nproc-per-node=4", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=solo",
+            "--rdzv-endpoint=n1:29500", "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=4", "num_nodes=2",
+        ]),
     ],
 )
 def test_dry_run_prints_the_command(capsys, scripts, line, expected):
@@ -403,7 +380,7 @@ def test_submitit_is_not_installed(scripts, monkeypatch):
 
 
 def test_the_script_reports_in_one_line():
-    ended = subprocess.run([PYTHON, "launcher.py", "--gpsu", "2"], cwd=ROOT, capture_output=True, text=True)
+    ended = forks.run([PYTHON, "launcher.py", "--gpsu", "2"], cwd=ROOT)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "config error: unknown flag --gpsu, did you mean '--gpus'?\n"
 

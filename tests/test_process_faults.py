@@ -5,7 +5,6 @@ import math
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from solo import checkpoint
+from tests import forks
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -75,7 +75,7 @@ def start(folder, fault, where, **variables):
     (folder / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "train.py", fault, str(where)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)   # pipes: of both
+    done = forks.run(command, timeout=100, cwd=folder, env=environment)         # its pipes are of both processes
     return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if not NOISE.match(line)]
 
 

@@ -3,13 +3,13 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forks
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -48,7 +48,7 @@ def workplace(tmp_path_factory):
 
 def run(words, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = forks.run(words, cwd=folder, env=environment)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 

@@ -11,22 +11,13 @@ import pytest
 from solo.errors import hearing, reported
 from tests.conftest import ROOT
 from tests.eval.runs import make_run
+from tests.forks import Fork
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-# a suite that runs in the background inherits an ignored SIGINT: start from Python's own handler
-SCRIPT = """
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def command(*words, cwd=None):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words], cwd=cwd, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
+    return Fork([sys.executable, *words], cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.slow
@@ -37,7 +28,7 @@ def test_a_signal_ends_the_linear_evaluation(tmp_path, front, number):
     words = [*f"{ROOT}/{front}".split(), "--config-name", "linear.yaml", f"checkpoint={run}", "max_epochs=100000", "devices=1",
              "accelerator=cpu", "precision=32-true", "optimizer.batch_size=32"]
     process = command(*words, cwd=tmp_path)
-    assert any(line.startswith("epoch 1/") for line in iter(process.stdout.readline, ""))
+    assert any(line.startswith("epoch 1/") for line in iter(process.stdout.readline, "")), process.communicate()
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -47,9 +38,8 @@ def test_a_signal_ends_the_linear_evaluation(tmp_path, front, number):
 
 
 OUTSIDE = """
-import signal, sys, time
+import time
 from solo.errors import reported
-signal.signal(signal.SIGINT, signal.default_int_handler)
 with reported():
     print("ready", flush=True)
     time.sleep(60)
@@ -58,9 +48,7 @@ with reported():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_outside_training(number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", OUTSIDE], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = command("-c", OUTSIDE)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""Two processes, started by Lightning as a user's command starts them: one run, one voice, and they leave together."""
+"""Two processes, started by Lightning as by a user's command: one run, one voice, and they leave together."""
 
 import json
 import os
@@ -14,19 +14,21 @@ import yaml
 
 from solo import checkpoint
 from tests.conftest import ROOT
+from tests.forks import Fork
 from tests.tiny import values
 
 pytestmark = pytest.mark.slow
+NO_REPORT = "report.enabled=false"
 
 
 def start(folder, *arguments):
-    """``main_pretrain.py`` with two processes; 32 steps in each of two epochs."""
+    """``main_pretrain.py`` with two processes; 16 steps in each of two epochs."""
     report = {"enabled": True, "points": 50, "images": 2, "max_train": 200}
-    content = values("all4one", "runs", data={"train_size": 512}, max_epochs=2, devices=2, report=report)
+    content = values("all4one", "runs", data={"train_size": 256}, max_epochs=2, devices=2, report=report)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    return Fork(
         [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
@@ -57,7 +59,7 @@ def test_one_run_directory_and_one_voice(whole):
     assert [path.name for path in folder.iterdir() if path.name != "tiny.yaml"] == ["runs"]
     (run_dir,) = (folder / "runs").iterdir()
     assert sorted(path.name for path in (run_dir / "csv").iterdir()) == ["version_0"]
-    assert final["global_step"] == 64 and final["DataModule"]["global_batch"] == 16
+    assert final["global_step"] == 32 and final["DataModule"]["global_batch"] == 16
 
 
 def test_the_report_is_made_as_by_one_process(whole):
@@ -73,7 +75,7 @@ def test_the_report_is_made_as_by_one_process(whole):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second process in /proc")
 @pytest.mark.parametrize("target", ["parent", "rank 1"])
 def test_a_signal_to_either_ends_both_and_the_same_command_continues(whole, tmp_path, target):
-    running = start(tmp_path)
+    running = start(tmp_path, NO_REPORT)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/*/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -88,7 +90,7 @@ def test_a_signal_to_either_ends_both_and_the_same_command_continues(whole, tmp_
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second process in /proc")
 def test_killed_in_the_middle_of_an_epoch_the_same_command_continues(whole, tmp_path):
     """Both at once, as a lost node would, some steps behind the newest of the checkpoints of every step."""
-    running = start(tmp_path, "checkpoint.minutes=0")
+    running = start(tmp_path, NO_REPORT, "checkpoint.minutes=0")
     deadline = time.monotonic() + 300
     while len(saved := sorted(tmp_path.glob("runs/*/checkpoints/step-*.ckpt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -97,7 +99,7 @@ def test_killed_in_the_middle_of_an_epoch_the_same_command_continues(whole, tmp_
         os.kill(pid, signal.SIGKILL)
     finished(running, -signal.SIGKILL)
     gone(second)
-    assert int(saved[-1].stem.removeprefix("step-")) % 32
+    assert int(saved[-1].stem.removeprefix("step-")) % 16
     continues(whole, tmp_path)
 
 
@@ -110,7 +112,7 @@ def gone(pid):
 
 def continues(whole, folder):
     """The same command again leads to the bits of the run that nobody interrupts."""
-    out, err = finished(start(folder), 0)
+    out, err = finished(start(folder, NO_REPORT), 0)
     assert sum("run directory" in line and "continuing step-" in line for line in out) == 1 and not err
     *_, final = whole
     resumed = checkpoint.read(next(folder.glob("runs/*/last.ckpt")))
@@ -123,7 +125,7 @@ def test_another_number_of_processes_goes_on_with_the_same_images_and_says_what_
     seen, arguments = set(), []
     for epoch, (devices, before) in enumerate([(1, None), (2, 1), (1, 2)], start=1):
         sizes = [f"devices={devices}", f"optimizer.batch_size={16 // devices}", f"max_epochs={epoch}", "data.train_size=128"]
-        out, err = finished(start(tmp_path, *sizes, "report.enabled=false", *arguments), 0)
+        out, err = finished(start(tmp_path, *sizes, NO_REPORT, *arguments), 0)
         notes = [line for line in out if line.startswith("note: each process")]
         assert len(notes) == (before is not None) and not err
         assert not before or f"takes {16 // devices} images of a step, it took {16 // before} when" in notes[0]

@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,6 +97,16 @@ def evaluate_umap(values: dict[str, Any]) -> dict[str, np.ndarray]:
     return content
 
 
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """numba's parallel functions, which umap-learn is made of, set OpenMP's number of threads, and so torch's."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def embed(config: UMAPEvaluation, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Points [N, 2] of each part's features [N, D]; the first part makes the map, the others are placed into it.
 
@@ -110,7 +122,7 @@ def embed(config: UMAPEvaluation, features: dict[str, np.ndarray]) -> dict[str, 
     neighbors = min(config.neighbors, count - 1)
     if neighbors < config.neighbors:
         say(f"neighbors={neighbors}: there are only {count} images")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _torch_threads_kept():
         warnings.filterwarnings("ignore", module="umap")                    # on its single thread and its small graphs
         mapper = UMAP(n_neighbors=neighbors, min_dist=config.min_dist, metric=config.metric, random_state=config.seed, n_jobs=1,
                       init="random" if count < 10 else "spectral")

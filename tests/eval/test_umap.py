@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from solo import checkpoint
@@ -76,6 +77,7 @@ def test_classes_that_lie_apart_stay_apart():
     rows = (6 * np.eye(3, 12)[labels] + draw.normal(size=(90, 12))).astype(np.float32)
     config = UMAPEvaluation(checkpoint="x", neighbors=10)
     points = embed(config, {"train": rows[:60], "val": rows[60:]})
+    assert torch.get_num_threads() == 1
     again = embed(config, {"train": rows[:60], "val": rows[60:]})
     assert points["train"].shape == (60, 2) and all(np.array_equal(points[part], again[part]) for part in points)
     centres = np.stack([points["train"][labels[:60] == c].mean(0) for c in range(3)])
