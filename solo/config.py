@@ -19,7 +19,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
@@ -212,6 +212,9 @@ def values(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: an interpolation does not resolve or a mandatory value is missing.
     """
+    with open_dict(config):
+        for key, value in config.pop(_INSTEAD, {}).items():
+            config[key] = value
     text = OmegaConf.to_yaml(config)
     if len(text) * 3 ** (text.count("${") / 3) > _MAX_GROWTH:       # each of n can stand in another: at most 3 ** (n / 3) fold
         raise ConfigError(f"{text.count('${')} interpolations ${{...}} could make the config grow beyond all bounds: use fewer")
@@ -270,6 +273,7 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
     return decorate
 
 
+_INSTEAD = "instead_of_a_file"      # values of keys that choose a file, which Hydra would take for names of files
 _CIRCLE = "the defaults lists of the config files name each other in a circle"
 
 # Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
@@ -326,10 +330,12 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
 
 def _forced(override: str, directory: Path) -> str:
     """``a.b=c`` as ``++a.b=c``, so that a key the YAML leaves out can be set; the schema judges it afterwards."""
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if (not equals and not key.startswith("~")) or not key.strip("+~"):
         raise ConfigError(f"{override!r} is not an override: write key=value")
     group = directory / key.lstrip("+~").partition("@")[0]
+    if group.is_dir() and re.match(r"\[\s*\{", value):
+        return _readable(f"++{_INSTEAD}.{key.lstrip('+~')}={value}")
     if group.is_dir() or key.startswith(("~", "hydra.", "hydra/")):
         return override
     return _readable("++" + override.lstrip("+"))

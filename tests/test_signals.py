@@ -1,5 +1,6 @@
 """A signal ends a command with one line and 128 + its number, whatever it was doing; never with 0 and no result."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,11 +8,16 @@ import sys
 import time
 
 import pytest
+import pytorch_lightning as pl
 
-from solo.errors import hearing, reported
+from solo.callbacks.signals import SignalGuard
+from solo.errors import SIGNALS, hearing, reported
+from solo.experiment import experiment
+from solo.run import pretrain
 from tests.conftest import ROOT
 from tests.eval.runs import make_run
 from tests.forks import Fork
+from tests.tiny import values
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -72,3 +78,20 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored():
         assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is not inner
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_that_fails_gives_the_handlers_back(tmp_path):
+    """At once, not when its callbacks are let go: others may hear by then."""
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *_):
+            raise LookupError
+
+    guards = [SignalGuard(), Failing()]
+    with pytest.raises(LookupError):
+        pretrain(experiment(values("nnclr", tmp_path)), guards)
+    with hearing(lambda number, frame: None):
+        mine = [signal.getsignal(number) for number in SIGNALS]
+        guards.clear()
+        gc.collect()
+        assert [signal.getsignal(number) for number in SIGNALS] == mine
