@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,18 @@ def living():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_is_readable_by_whom_the_umask_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        again = runpy.run_path(files.__file__)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    again["write_file"](tmp_path / "a", b"x")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_owned_while_it_lasts(tmp_path):
