@@ -131,7 +131,9 @@ def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, t
         assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
 
 
-@pytest.mark.parametrize("there", [b'{"na', b"5\n[]\n", b'{"x": 1}\n', b'{"name": []}\n', b"\xff\xfe\n", b"[" * 10**5, b'"name"'])
+@pytest.mark.parametrize("there", [
+    b'{"na', b"5\n[]\n", b'{"x": 1}\n', b'{"name": []}\n', b"\xff\xfe\n", b"[" * 10**5, b'"name"',
+])
 def test_a_list_with_lines_that_are_none_goes_on(there: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "images", {"a": 4})
     source = FolderSource(tmp_path / "images", 3, "key")
