@@ -1,5 +1,6 @@
 """One job to a run's directory, and room for what it will save."""
 
+import errno
 import os
 import re
 import runpy
@@ -342,6 +343,26 @@ def test_the_owner_gives_signs_of_life_and_leaves_alone_what_was_taken(tmp_path,
         link(folder).unlink()
         link(folder).symlink_to("elsewhere-7")
     assert os.readlink(link(folder)) == "elsewhere-7"
+
+
+@pytest.mark.parametrize("moment", ["at the end", "at the beginning"])
+def test_a_folder_that_has_become_read_only_hides_no_error(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "run"
+
+    def read_only(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def refused(path, target):
+        raise EnvironmentFault("why it ends")
+
+    with pytest.raises(EnvironmentFault, match="^why it ends$"), monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        if moment == "at the beginning":
+            link(folder).symlink_to(gone())
+            patch.setattr(lease, "write_link", refused)
+        with owning(folder):
+            refused(None, None)
+    assert link(folder).is_symlink()
 
 
 def test_the_heart_goes_on_when_the_file_system_did_not_answer(tmp_path, monkeypatch):
