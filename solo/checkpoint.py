@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,6 +104,16 @@ def _entry(path: Path, sha256: str, checkpoint: Mapping[str, Any], keep: bool) -
     return Entry(file=path.name, sha256=sha256, step=step, epoch=epoch, keep=keep, epoch_end=ended)
 
 
+def _rebuilt(path: Path, content: Mapping[str, Any]) -> Entry:
+    """The entry of a file whose manifest is lost; the run's own config says whether it kept ends of epochs."""
+    entry = _entry(path, digest(path), content, keep=True)
+    try:
+        keep = provenance(content, path)["config"]["checkpoint"]["keep_prev"] is not False and entry.epoch_end
+    except (ConfigError, KeyError, TypeError):
+        return entry
+    return replace(entry, keep=keep)
+
+
 def _others(folder: Path) -> list[Entry]:
     """What a manifest names; of one that was removed or garbled while its run went on, what can be read stands in for it."""
     try:
@@ -192,7 +202,7 @@ def survey(folder: str | Path) -> Survey:
             except ConfigError as error:
                 damaged[path.name] = str(error)
             else:
-                valid.append(_entry(path, digest(path), content, keep=True))
+                valid.append(_rebuilt(path, content))
     if damaged and not valid:
         lines = [*damaged.values(), f"no valid checkpoint is left in {folder}: start anew with resume=never"]
         raise ConfigError("\n".join(lines))

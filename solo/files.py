@@ -15,6 +15,8 @@ from typing import BinaryIO, cast
 HOST = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)\.\w+\.tmp")
 _FORGOTTEN = 86400.0        # seconds after which a temporary file of another host counts as left behind
+_UMASK = os.umask(0o077)    # asked once: one can only ask by setting it, for all threads
+os.umask(_UMASK)
 
 
 def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
@@ -44,7 +46,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
+            os.chmod(file.name, 0o666 & ~_UMASK)
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)

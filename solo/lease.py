@@ -49,7 +49,7 @@ def owning(folder: Path) -> Iterator[None]:
         thread.join()
         _held.pop(lease, None)
         if _owner(lease) == own:
-            lease.unlink(missing_ok=True)
+            _give_back(lease)
 
 
 def still_own(folder: Path) -> None:
@@ -113,7 +113,13 @@ def _take(link: Path, own: str, folder: Path) -> None:
     except FileExistsError:
         raise EnvironmentFault(f"{folder} has just been taken by another job ({_owner(link)})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        _give_back(beside)
+
+
+def _give_back(link: Path) -> None:
+    """One that cannot be removed is taken over once its owner has ended; what ends this one now is what matters."""
+    with suppress(OSError):
+        link.unlink()
 
 
 def _refuse_living(link: Path, owner: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 AGAIN = 300.0       # seconds between two warnings of one logger
 REST = 100          # times what a failure cost: so long a logger is left alone, and a server that is down costs 1 % of a run
 SERVERS = ("wandb", "mlflow", "comet")      # asked over a network; the others write files here, which nobody waits for
+MORTAL = ("tensorboard",)                   # its writer's thread ends at the first failure
 
 WANDB = {"disable_code": True, "disable_git": True, "x_disable_meta": True, "console": "off", "init_timeout": 30}
 
@@ -30,7 +31,7 @@ def loggers(config: Experiment, run_dir: Path) -> list[Logger]:
         EnvironmentFault: a package is missing.
     """
     names = [*config.loggers, *(["wandb"] if config.wandb.enabled else [])]
-    return [Spared(name, _maker(name, config, run_dir), rests=name in SERVERS) for name in names]
+    return [Spared(name, _maker(name, config, run_dir), name in SERVERS, name in MORTAL) for name in names]
 
 
 def _maker(name: str, config: Experiment, run_dir: Path) -> Callable[[], Logger]:
@@ -65,11 +66,12 @@ class Spared(Logger):
         title: how warnings call it.
         make: makes the logger; tried again at each report until it works.
         rests: after a failure that took a while it is left alone for `REST` times as long, but not at the end.
+        mortal: one that has failed works no more and is made anew.
     """
 
-    def __init__(self, title: str, make: Callable[[], Logger], rests: bool) -> None:
+    def __init__(self, title: str, make: Callable[[], Logger], rests: bool, mortal: bool = False) -> None:
         super().__init__()
-        self._title, self._make, self._rests = title, make, rests
+        self._title, self._make, self._rests, self._mortal = title, make, rests, mortal
         self._made: Logger | None = None
         self._lost, self._said, self._resting_until = 0, -AGAIN, -math.inf
         self._failing: set[str] = set()         # calls that failed and have not worked since
@@ -88,11 +90,13 @@ class Spared(Logger):
         except Exception as error:      # each server and file system has its own
             self._lost += 1
             self._failing.add("start" if self._made is None else what)
+            self._made = None if self._mortal else self._made
             now = time.monotonic()
             self._resting_until = now + REST * (now - begun)
             if now - self._said >= AGAIN:
                 self._said, self._warned = now, True
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                cause = error.__cause__ or error        # Lightning says of each failure of tensorboard that a value is wrong
+                reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
                 log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
             return None
         worked, self._failing = self._failing & {"start", what}, self._failing - {"start", what}

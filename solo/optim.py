@@ -214,6 +214,15 @@ def _build(name: str, groups: list[dict[str, Any]], lr: float, weight_decay: flo
     return optimizer(groups, lr=lr, weight_decay=weight_decay, **{**default, **kwargs})
 
 
+def states_per_parameter(config: OptimizerConfig) -> int:
+    """How many tensors of its size the optimizer keeps for each parameter: SGD's momentum is one, Adam's moments two."""
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = build(config, [{"params": [parameter]}])
+    optimizer.step()
+    return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in optimizer.state[parameter].values())
+
+
 def scaled_lr(lr: float, global_batch: int) -> float:
     """Linear scaling rule: a rate stated for a batch of 256, at ``global_batch`` images per optimizer step."""
     return lr * global_batch / 256

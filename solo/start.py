@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from solo import checkpoint, continuing
+from solo import checkpoint, continuing, optim
 from solo.console import say
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import ConfigError, EnvironmentFault, SoloError
@@ -216,7 +216,8 @@ def _check_room(config: Experiment, run_dir: Path, method: Method, path: Path | 
     Raises:
         EnvironmentFault: it does not.
     """
-    tensors = [*method.state_dict().values(), *(p for p in method.parameters() if p.requires_grad)]   # and momenta
+    trained = [p for p in method.parameters() if p.requires_grad]
+    tensors = [*method.state_dict().values(), *trained * optim.states_per_parameter(config.optimizer)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
     there = len(list(run_dir.glob("checkpoints/*.ckpt")))
     most = config.checkpoint.most(None if trainer.max_steps > 0 or trainer.max_epochs == -1 else trainer.max_epochs)

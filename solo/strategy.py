@@ -23,7 +23,7 @@ MEETING = 60.0      # seconds that processes have to find each other
 AGREEING = 300.0    # seconds that they have to agree on where to begin, which one of them reads from a file system
 SAVING = 3600.0     # seconds that the others wait for a save; after them the timeout of a collective counts
 GRACE = 8.0         # seconds that the first process has to notice and to say that another one was killed
-SPOKEN = 3.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
+SPOKEN = 2.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
 
 
 def without_buffers() -> dict[str, Any]:

@@ -79,6 +79,23 @@ def test_a_manifest_lost_while_a_run_goes_on_is_made_anew(tmp_path, caplog, text
     assert str(path) in caplog.text and "it is made anew" in caplog.text
 
 
+@pytest.mark.parametrize("keep_prev", [False, True])
+def test_a_manifest_lost_again_and_again_keeps_no_more_than_the_run_does(tmp_path, keep_prev):
+    """Two saves an epoch; what keeps ends of epochs for good still does."""
+    facts = json.dumps({"method": "x", "config": {"checkpoint": {"keep_prev": keep_prev}}})
+    for step in range(1, 13):
+        end = step % 2 == 0
+        loops = {"fit_loop": {"epoch_progress": {"current": {"started": (step + 1) // 2, "processed": step // 2}}}}
+        file = tmp_path / f"step-{step:02d}.ckpt"
+        checkpoint.save({**content(step), "solo": facts, "loops": loops}, file, keep=keep_prev and end)
+        checkpoint.prune(tmp_path)
+        if step % 4 == 1:
+            (tmp_path / checkpoint.MANIFEST).unlink()
+    ends = [2, 4, 6, 8, 10, 12] if keep_prev else [10, 12]
+    assert [entry.step for entry in checkpoint.manifest(tmp_path)] == sorted([*ends, 9, 11])
+    assert len(list(tmp_path.glob("*.ckpt"))) == len(ends) + 2
+
+
 @pytest.mark.parametrize("moment", ["write", "replace", "manifest"])
 def test_an_interrupted_write_leaves_the_last_one_in_force(tmp_path, monkeypatch, moment):
     checkpoint.save(content(1), tmp_path / "1.ckpt")

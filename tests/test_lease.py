@@ -1,6 +1,9 @@
 """One job to a run's directory, and room for what it will save."""
 
+import errno
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,7 +21,8 @@ from solo.data.bad import BadImages
 from solo.errors import DataError, EnvironmentFault
 from solo.experiment import experiment
 from solo.lease import owning
-from solo.run import build, pretrain
+from solo.optim import OptimizerConfig, states_per_parameter
+from solo.run import pretrain
 from tests.tiny import values
 
 
@@ -36,6 +40,18 @@ def living():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_is_readable_by_whom_the_umask_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        again = runpy.run_path(files.__file__)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    again["write_file"](tmp_path / "a", b"x")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_owned_while_it_lasts(tmp_path):
@@ -329,6 +345,26 @@ def test_the_owner_gives_signs_of_life_and_leaves_alone_what_was_taken(tmp_path,
     assert os.readlink(link(folder)) == "elsewhere-7"
 
 
+@pytest.mark.parametrize("moment", ["at the end", "at the beginning"])
+def test_a_folder_that_has_become_read_only_hides_no_error(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "run"
+
+    def read_only(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def refused(path, target):
+        raise EnvironmentFault("why it ends")
+
+    with pytest.raises(EnvironmentFault, match="^why it ends$"), monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        if moment == "at the beginning":
+            link(folder).symlink_to(gone())
+            patch.setattr(lease, "write_link", refused)
+        with owning(folder):
+            refused(None, None)
+    assert link(folder).is_symlink()
+
+
 def test_the_heart_goes_on_when_the_file_system_did_not_answer(tmp_path, monkeypatch):
     """A heart that stopped at the first error would let another host take the folder of a run that lives."""
     monkeypatch.setattr(lease, "BEAT", 0.02)
@@ -356,22 +392,30 @@ def test_the_heart_goes_on_when_the_file_system_did_not_answer(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "kwargs", "states"), [
+    ("lars", {}, 1), ("larc", {}, 1), ("larc", {"momentum": 0.0}, 0), ("sgd", {}, 1), ("adam", {}, 2), ("adamw", {}, 2),
+    ("adamw", {"amsgrad": True}, 3),
+])
+def test_what_an_optimizer_keeps_of_each_parameter(optimizer, kwargs, states):
+    assert states_per_parameter(OptimizerConfig(name=optimizer, kwargs=kwargs)) == states
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch, optimizer):
     content = values("all4one", tmp_path, max_epochs=1, method_kwargs={"proj_hidden_dim": 512})
+    content["optimizer"] = {"name": optimizer, "batch_size": 8, "lr": 0.01}
     run_dir = experiment(content).run_dir(8)
-    model = build(experiment(content))
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
     with pytest.raises(EnvironmentFault) as caught:
         pretrain(experiment(content))
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{run_dir} has no room for checkpoints: ") and line.endswith(" MB free")
+    assert line.startswith(f"{run_dir} has no room for checkpoints: ") and line.endswith(" MB needed, 0.0 MB free")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     result = pretrain(experiment(content))
     real = result.checkpoint.stat().st_size
-    estimate = size + sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    estimate = 1e6 * float(re.search(r"(\S+) MB needed", line)[1]) / experiment(content).checkpoint.most(1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
     assert pretrain(experiment(content)).checkpoint == result.checkpoint       # complete: nothing will be saved
     assert 0.9 * real < estimate <= real

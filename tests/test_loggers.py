@@ -137,6 +137,29 @@ def test_what_files_do_not_take_for_a_while_costs_no_later_row(tmp_path, monkeyp
     assert [line.split(",")[0] for line in file.read_text().splitlines()[1:]] == ["1.0", "2.0"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_when_the_disk_is_free_again(tmp_path, monkeypatch, caplog):
+    """Its writer's thread ends at the first failure, and it says so at each later call."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    record = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    config = experiment({**values("nnclr", tmp_path), "loggers": ["tensorboard"]})
+    (logger,) = loggers.loggers(config, tmp_path)
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(record.RecordWriter, "write", full)
+        for step in (2, 3):
+            logger.log_metrics({"a": 1.0}, step)
+            logger.save()
+    for step in (4, 5):
+        logger.log_metrics({"a": 1.0}, step)
+        logger.save()
+    logger.finalize("success")
+    assert "No space left" in warnings(caplog)[0] and "calls were lost" in warnings(caplog)[1]
+    read = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in read.Scalars("a")] == [1, 4, 5]
+
+
 def test_servers_rest_and_files_do_not(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda package: True)
     monkeypatch.setattr(pl.loggers, "MLFlowLogger", never)

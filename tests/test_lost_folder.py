@@ -1,7 +1,9 @@
 """A run whose folder goes away, whose metrics are written over several starts, whose precision is another one."""
 
+import ctypes
 import os
 import shutil
+import subprocess
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +13,7 @@ from pytorch_lightning.trainer.connectors import accelerator_connector
 
 from solo import checkpoint
 from solo.bench import processes
-from solo.errors import EnvironmentFault
+from solo.errors import EnvironmentFault, reported
 from solo.eval.report import history
 from solo.experiment import experiment
 from solo.run import pretrain
@@ -83,6 +85,35 @@ def test_where_nothing_can_be_written_the_state_goes_elsewhere(whole, tmp_path):
     result = pretrain(experiment(content(tmp_path, resume=str(saved))), [watcher])
     assert sorted(watcher.losses) == [6, 7, 8]
     assert_same(state(checkpoint.read(result.checkpoint)), state(whole[1]))
+
+
+def test_where_the_file_system_becomes_read_only_the_state_goes_elsewhere(tmp_path):
+    """A real one, in a child's own world of mounts."""
+    config = experiment(content(tmp_path, data={"num_workers": 0}))
+    runs = config.run_dir(8).parent
+
+    def mount(*words):
+        subprocess.run(["mount", *map(str, words)], check=True)
+
+    def read_only():
+        mount("--bind", runs, runs)
+        mount("-o", "remount,bind,ro", runs)
+
+    def child(_):
+        if ctypes.CDLL(None).unshare(0x20000) or subprocess.run(["mount", "--make-rprivate", "/"]).returncode:  # CLONE_NEWNS
+            os._exit(77)
+        with reported():
+            pretrain(config, [At(3, read_only)])
+
+    pid = processes.fork(1, tmp_path / "log", child)
+    (status,) = processes.wait(pid, 120).values()
+    if status == 77 << 8:
+        pytest.skip("mounts are refused here")
+    lines = (tmp_path / "log").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("environment error: ")]
+    saved = tmp_path / "fallback" / config.run_dir(8).name / "step-000000005.ckpt"
+    assert status == EnvironmentFault.exit_code << 8 and "Read-only file system" in line
+    assert line.endswith(f"go on with resume={saved}") and saved.exists() and not any("Traceback" in line for line in lines)
 
 
 def test_metrics_hold_each_step_once_over_a_kill_and_a_resume(whole, tmp_path):

@@ -5,6 +5,8 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from solo.errors import ConfigError
 from solo.losses import distance_correlation
@@ -51,6 +53,29 @@ def test_no_block_holds_a_representation_and_none_outlives_the_next():
             columns[name] = columns.get(name, 0) + block.shape[1]
     assert largest == {"raw": 16_352, "augmented": 16_352, "local_std": 16_352, "hog": 18_816, "scattering": 28_224}
     assert columns == {"raw": 150_528, "augmented": 150_528, "local_std": 150_528, "hog": 56_448, "scattering": 762_048}
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the largest memory that an operation made, that of ``given`` left out."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.largest = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        memories = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.nbytes() for x in memories if x.data_ptr() != self.given)])
+        return out
+
+
+@pytest.mark.parametrize("name", ["raw", "augmented", "local_std", "scattering"])
+def test_no_operation_makes_a_representation_whole(name):
+    images = torch.randn(4, 3, 224, 224)
+    list(represent(name, images[:1]))       # scattering's filters are made once
+    with Made(images) as made:
+        columns = sum(block.shape[1] for block in represent(name, images))
+    assert 0 < made.largest <= 4 * len(images) * columns / 2
 
 
 def test_bands_meet():

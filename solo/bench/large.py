@@ -86,7 +86,8 @@ def looks_like(job: Job, batch: Batches, stage: str) -> str:
         theirs = [[crops.permute(0, 3, 1, 2) for crops in views] for views in theirs]
     mean, std = ((0.0,), (1 / 255,)) if stage == "cpu" else (job.mean, job.std)
     a, b = (shown([torch.cat(parts) for parts in zip(*batches, strict=True)], mean, std) for batches in (ours, theirs))
-    return looks(a, b, [job.source.load(int(i)) for slot in slots for i in slot.samples])
+    images = [job.source.load(int(i)) for slot in slots for i in slot.samples]
+    return looks(a, b, images, ["mirrored"] if stage == "cpu" else [])     # who mirrors later is done with these crops too
 
 
 def _slots(job: Job) -> Callable[[int], list[Slot]]:

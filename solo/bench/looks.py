@@ -15,17 +15,19 @@ _GREY = 2 / 255  # how far apart the channels of a grey pixel may lie
 _TINY = 1e-8
 
 
-def looks(ours: Sequence[Tensor], theirs: Sequence[Tensor], images: Sequence[np.ndarray]) -> str:
+def looks(ours: Sequence[Tensor], theirs: Sequence[Tensor], images: Sequence[np.ndarray], but: Sequence[str] = ()) -> str:
     """Holds views of the same images made with other random numbers to what ours look like.
 
     Args:
         ours, theirs: per view [n, C, S, S], pixels in 0..1.
         images: what they were made of, each [H, W, C].
+        but: names of `TRAITS` that are not compared.
 
     Raises:
         NumericsError: a view's values, or the means of its images, have another mean or spread; or on average its images
             are grey, solarised, mirrored or sharp to another degree.
     """
+    traits = {name: TRAITS[name] for name in TRAITS if name not in but}
     worst, sides = 0.0, torch.cat([_lean(_tensor(image)) for image in images]).sign()
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         if a.shape != b.shape:
@@ -33,7 +35,7 @@ def looks(ours: Sequence[Tensor], theirs: Sequence[Tensor], images: Sequence[np.
         (mean, spread, means), (other, *others) = _looks(a), _looks(b)
         off = [abs(mean - other) / spread, abs(others[0] / spread - 1), abs(others[1] / means - 1)]
         worst = max(worst, *(value.max().item() for value in off))
-        for name, (trait, allowed) in TRAITS.items():
+        for name, (trait, allowed) in traits.items():
             x, y = trait(a, sides), trait(b, sides)
             difference = (x.mean() - y.mean()).item()
             chance = _ERRORS * ((x.var() + y.var()) / len(x)).sqrt().item()
@@ -44,7 +46,7 @@ def looks(ours: Sequence[Tensor], theirs: Sequence[Tensor], images: Sequence[np.
     if not worst < _FAR:
         raise NumericsError(f"the peer's views do not look like ours: their mean or spread is off by {worst:.0%} of a spread")
     return (f"correct: mean and spread of the peer's views, and of their images' means, within {worst:.1%} of ours; "
-            f"{', '.join(TRAITS)} as ours are")
+            f"{', '.join(traits)} as ours are")
 
 
 def shown(views: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from solo.data.sources import Source
 from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import DataError
 from solo.lease import still_own
+from solo.reading import MAX_JSON, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class BadImages:
     Args:
         limit: largest accepted share of the source.
         report_dir: where rank 0 lists them, a line of JSON each in ``bad_samples.jsonl``, as soon as they are known; where
-            that cannot be written, a warning says so once.
+            that cannot be written, or would be larger than `MAX_JSON`, a warning says so once.
         fate: what becomes of such an image, for the log.
     """
 
@@ -134,11 +136,16 @@ class BadImages:
         try:
             still_own(self.report_dir)
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            if name not in (json.loads(line)["name"] for line in lines):  # a run that goes on meets them again
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False) + "\n")
-        except (OSError, ValueError) as error:      # it ends at a save, if at all; or a line that a power cut left
+            with path.open("a+b") as file:
+                file.seek(0)
+                content = file.read(MAX_JSON + 1)
+                if name in _listed(content):        # a run that goes on meets them again
+                    return
+                line = json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False).encode() + b"\n"
+                if len(content) + len(line) >= MAX_JSON:
+                    raise ValueError(f"it would be larger than {MAX_JSON >> 20} MiB")
+                file.write(line if content[-1:] in (b"", b"\n") else b"\n" + line)
+        except (OSError, ValueError) as error:      # it ends at a save, if at all
             if not self._unlisted:
                 log.warning("%s cannot be written, or read: %s; unreadable images are still named here", path,
                             getattr(error, "strerror", None) or error)
@@ -147,6 +154,15 @@ class BadImages:
     @staticmethod
     def _path(folder: Path) -> Path:
         return Path(folder) / "bad_samples.jsonl"
+
+
+def _listed(content: bytes) -> set[str]:
+    """The names in a list, but for lines that are none, as a power cut leaves them."""
+    names = set()
+    for line in content.splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            names.add(parse_json(line)["name"])
+    return names
 
 
 class AgreedCount(pl.Callback):

@@ -131,12 +131,30 @@ def test_each_bad_image_is_listed_once_also_by_a_run_that_goes_on(engine: str, t
         assert sorted(listing(tmp_path / "run")) == [str(path) for path in bad]
 
 
-@pytest.mark.parametrize("problem", ["a file is there", "a torn line"])
+@pytest.mark.parametrize("there", [
+    b'{"na', b"5\n[]\n", b'{"x": 1}\n', b'{"name": []}\n', b"\xff\xfe\n", b"[" * 10**5, b'"name"',
+])
+def test_a_list_with_lines_that_are_none_goes_on(there: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "images", {"a": 4})
+    source = FolderSource(tmp_path / "images", 3, "key")
+    path = tmp_path / "bad_samples.jsonl"
+    path.write_bytes(there)
+    for _ in range(2):                              # a run, and the one that goes on
+        bad_file.BadImages(source, 1.0, tmp_path).add([(1, "cut"), (2, "empty")])
+    kept = path.read_bytes()
+    assert kept.startswith(there) and "cannot be" not in caplog.text
+    lines = kept.removeprefix(there).strip().splitlines()
+    assert [json.loads(line) for line in lines] == [{"name": source.name(1), "reason": "cut"},
+                                                    {"name": source.name(2), "reason": "empty"}]
+
+
+@pytest.mark.parametrize("problem", ["a file is there", "a list of 4 MiB"])
 def test_a_list_that_cannot_be_written_ends_nothing(problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
-    if problem == "a torn line":
+    if problem == "a list of 4 MiB":
         run.mkdir()
-    (run / "bad_samples.jsonl" if run.exists() else run).write_text('{"na')
+    there = b"x" * ((4 << 20) - 20 if run.exists() else 1)
+    (run / "bad_samples.jsonl" if run.exists() else run).write_bytes(there)
     make_folder(tmp_path / "images", {"a": 4})
     bad_file.BadImages(FolderSource(tmp_path / "images", 3, "key"), 1.0, run).add([(1, "cut"), (2, "empty")])
     said = [record.getMessage() for record in caplog.records]

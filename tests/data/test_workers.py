@@ -1,11 +1,17 @@
 """Worker processes that hang, die, or lack memory or files: one line that says which, and no waiting."""
 
+import errno
 import os
+import resource
 import signal
+import tempfile
 import time
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import get_worker_info
 
 from solo.data.engines import workers
 from solo.data.random import order
@@ -17,6 +23,15 @@ from tests.data.common import module
 class Slow(FakeSource):
     def load(self, i: int) -> np.ndarray:
         time.sleep(1.5)
+        return super().load(i)
+
+
+class Crowded(FakeSource):
+    """Shared memory takes no more from its worker: a file size limit counts there as well."""
+
+    def load(self, i: int) -> np.ndarray:
+        assert get_worker_info()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return super().load(i)
 
 
@@ -59,6 +74,36 @@ def test_too_little_shared_memory_is_said_before_it_is_needed(
     else:
         assert len(next(iter(data.train_dataloader())).index) == 16 and said in caplog.text
     data.teardown("fit")
+
+
+def test_shared_memory_that_runs_out_later_is_said_with_sizes() -> None:
+    data = module(64, dataset="fake", engine="torchvision", num_workers=1, timeout=5)
+    data._train = Crowded(64, 96, 10, 3, seed=0)
+    with pytest.raises(EnvironmentFault, match=r"^a data worker's batch of .* MiB found no room.* MiB free: lower data.num_w"):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+
+
+@pytest.mark.parametrize("where", ["here", "in a worker"])
+def test_too_many_open_files_is_said_in_one_line(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here torch asks why an answer did not come, and says it in its own words."""
+
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    data = module(8, dataset="fake", engine="torchvision", num_workers=1, timeout=5)
+    if where == "here":
+        monkeypatch.setattr(resource_sharer.DupFd, "detach", refused)
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
+    else:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", no_descriptor)
+    with pytest.raises(EnvironmentFault, match="^rank 0: too many open files: raise the limit, ulimit -n, or lower data.num_w"):
+        next(iter(data.train_dataloader()))
+    data.teardown("fit")
+
+
+def no_descriptor(tensor: torch.Tensor) -> None:
+    raise RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")
 
 
 def test_open_files_do_not_grow_over_epochs() -> None:

@@ -1,15 +1,16 @@
 """Worker processes that make whole batches: what the engines with workers share, and what happens when one fails."""
 
-import errno
 import os
 import shutil
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from solo.console import warn
@@ -18,6 +19,7 @@ from solo.dist import rank
 from solo.errors import EnvironmentFault, SoloError
 
 _SHARED = Path("/dev/shm")  # where Linux workers put their batches
+_NO_FILES = ("Too many open files", "ancdata")  # what the system, torch and sockets say where descriptors run out
 _PREFETCH = 2  # batches that each worker makes ahead
 
 
@@ -73,7 +75,7 @@ class Workers:
             self._maker,
             sampler=_Plan(self),
             batch_size=None,
-            collate_fn=same,
+            collate_fn=_shared if workers else same,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -101,7 +103,7 @@ class Workers:
     def _trouble(self, error: Exception) -> str | None:
         """What to tell the user, or ``None`` if this is no failure of the workers."""
         message = str(error)
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "ancdata" in message:
+        if any(sign in message for sign in _NO_FILES):
             return f"rank {rank()}: too many open files: raise the limit, ulimit -n, or lower data.num_workers"
         if not message.startswith("DataLoader"):
             return None
@@ -142,6 +144,35 @@ def worker_count(wanted: int) -> int:
 def same(payload: Any) -> Any:
     """Collation that has nothing left to do."""
     return payload
+
+
+def _shared(payload: Any) -> Any:
+    """Collation in a worker: moved to shared memory here, where torch can hand an error over; later it only prints one.
+
+    Raises:
+        EnvironmentFault: there is no room.
+    """
+    tensors = list(_tensors(payload))
+    size = sum(tensor.nbytes for tensor in tensors)
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _NO_FILES):
+            raise
+        have = f"{_SHARED} has {_mib(free_shared_memory() or 0)} free"
+        advice = "lower data.num_workers, or give the container more (--shm-size)"
+        need = f"a data worker's batch of {_mib(size)} found no room in shared memory"
+        raise EnvironmentFault(f"{need}, {have}: {advice}") from error
+    return payload
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (list, tuple)) or is_dataclass(content):
+        for part in content if isinstance(content, (list, tuple)) else vars(content).values():
+            yield from _tensors(part)
 
 
 def _own_words(error: SoloError) -> str:
