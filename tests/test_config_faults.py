@@ -160,3 +160,12 @@ print(len(names) - len(needs))
 """
     done = subprocess.run([sys.executable, "-c", source], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 60, done.stderr
+
+
+def test_views_are_given_on_the_command_line_in_place_of_a_file():
+    for recipe in ("sce", "cifar/sce"):
+        views = "augmentations=[{crop_size: 32, num_crops: 2}, {crop_size: 16, num_crops: 3}]"
+        found = experiment(config.load(ROOT / "scripts" / "pretrain" / f"{recipe}.yaml", [views])).augmentations
+        assert [(view.crop_size, view.num_crops) for view in found] == [(32, 2), (16, 3)]
+    with pytest.raises(ConfigError, match=r"augmentations\[0\].crop_siz: did you mean augmentations\[0\].crop_size"):
+        experiment(config.load(ROOT / "scripts" / "pretrain" / "sce.yaml", ["augmentations=[{crop_siz: 32}]"]))

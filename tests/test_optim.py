@@ -10,7 +10,7 @@ from solo import optim
 from solo.errors import ConfigError
 from solo.methods import All4One
 from solo.nn import Momentum, mlp
-from solo.optim import LARC, LARS, OptimizerConfig, parameter_groups
+from solo.optim import LARC, LARS, OptimizerConfig, parameter_groups, states_per_parameter
 from solo.schedules import Ramp, SchedulerConfig, ends, learning_rate, value_at, warmup_cosine
 from tests.methods.test_golden import Features
 
@@ -342,3 +342,11 @@ def test_a_loaded_state_steps_on():
         expected = p - 0.1 * (0.9 * first.state[p]["momentum_buffer"] + 0.02 * p.norm() / 2 * p.grad)
     second.step()
     torch.testing.assert_close(p, expected)
+
+
+@pytest.mark.parametrize(("optimizer", "kwargs", "states"), [
+    ("lars", {}, 1), ("larc", {}, 1), ("larc", {"momentum": 0.0}, 0), ("sgd", {}, 1), ("adam", {}, 2), ("adamw", {}, 2),
+    ("adamw", {"amsgrad": True}, 3),
+])
+def test_what_an_optimizer_keeps_of_each_parameter(optimizer, kwargs, states):
+    assert states_per_parameter(OptimizerConfig(name=optimizer, kwargs=kwargs)) == states

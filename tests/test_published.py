@@ -17,7 +17,6 @@ from solo.data.datasets import DATASETS
 from solo.data.engines.torchvision import apply
 from solo.data.random import Draws
 from solo.data.views import View, sample
-from solo.errors import ConfigError
 from solo.eval.knn import Vote
 from solo.eval.linear import LinearConfig
 from solo.eval.protocol import standard_view
@@ -390,12 +389,3 @@ def test_torchvision_datasets_are_opened_as_published(name, monkeypatch, tmp_pat
     for source in sources:
         assert np.array_equal(source.images, pixels) and source.classes == ["a", "b", "c"]
         assert source.labels.tolist() == ([2, -1, 0] if name == "stl10" else [2, 1, 0])
-
-
-def test_views_are_given_on_the_command_line_in_place_of_a_file():
-    views = "augmentations=[{crop_size: 32, num_crops: 2}, {crop_size: 16, num_crops: 3}]"
-    for recipe in ("sce", "cifar/sce"):
-        found = experiment(load(PRETRAIN / f"{recipe}.yaml", [views])).augmentations
-        assert [(view.crop_size, view.num_crops) for view in found] == [(32, 2), (16, 3)]
-    with pytest.raises(ConfigError, match=r"augmentations\[0\].crop_siz: did you mean augmentations\[0\].crop_size"):
-        experiment(load(PRETRAIN / "sce.yaml", ["augmentations=[{crop_siz: 32}]"]))

@@ -1,8 +1,11 @@
 """Where a run begins: said at the start, decided by rank 0, and never behind what its directory holds."""
 
 import os
+import re
+import shutil
 import threading
 import time
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +217,24 @@ def test_the_code_is_the_same_to_all_and_not_to_an_edited_copy(tmp_path, monkeyp
     (tmp_path / "solo" / "start.py").write_text("edited")
     monkeypatch.setattr(start, "__file__", str(tmp_path / "solo" / "start.py"))
     assert start._code() != mine
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch, optimizer):
+    content = values("all4one", tmp_path, max_epochs=1, method_kwargs={"proj_hidden_dim": 512})
+    content["optimizer"] = {"name": optimizer, "batch_size": 8, "lr": 0.01}
+    run_dir = experiment(content).run_dir(8)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
+    with pytest.raises(EnvironmentFault) as caught:
+        pretrain(experiment(content))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{run_dir} has no room for checkpoints: ") and line.endswith(" MB needed, 0.0 MB free")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    result = pretrain(experiment(content))
+    real = result.checkpoint.stat().st_size
+    estimate = 1e6 * float(re.search(r"(\S+) MB needed", line)[1]) / experiment(content).checkpoint.most(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
+    assert pretrain(experiment(content)).checkpoint == result.checkpoint       # complete: nothing will be saved
+    assert 0.9 * real < estimate <= real
