@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from uuid import uuid4
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -198,7 +199,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(file.parent), version_base="1.3"):
-            arguments = [_forced(argument, file.parent) for argument in overrides]
+            arguments = _all_forced(list(overrides), file.parent)
             return values(hydra.compose(file.name, overrides=[*_QUIET, *arguments]))
     except HydraException as error:
         raise ConfigError(_one_line(error)) from error
@@ -212,9 +213,9 @@ def values(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: an interpolation does not resolve or a mandatory value is missing.
     """
+    config = config.copy()
     with open_dict(config):
-        for key, value in config.pop(_INSTEAD, {}).items():
-            config[key] = value
+        config.update(config.pop(_INSTEAD, {}))
     text = OmegaConf.to_yaml(config)
     if len(text) * 3 ** (text.count("${") / 3) > _MAX_GROWTH:       # each of n can stand in another: at most 3 ** (n / 3) fold
         raise ConfigError(f"{text.count('${')} interpolations ${{...}} could make the config grow beyond all bounds: use fewer")
@@ -273,7 +274,8 @@ def main(config_path: str, config_name: str | None = None) -> Callable[[Callable
     return decorate
 
 
-_INSTEAD = "instead_of_a_file"      # values of keys that choose a file, which Hydra would take for names of files
+_BLOCKS = re.compile(r"\[\s*\{")
+_INSTEAD = f"values_{uuid4().hex}"      # given in the place of a file, whose name Hydra would look for
 _CIRCLE = "the defaults lists of the config files name each other in a circle"
 
 # Hydra writes no folders and no logs of its own: a run's files live in the run's directory.
@@ -325,7 +327,17 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
             raise ConfigError(f"--config-name {config_name}: {file} does not exist{_nearest_file(file)}")
         flags += ["--config-name", file.name]
     multirun = _SWEEP if {"-m", "--multirun"} & set(flags) else []
-    return directory, [*flags, *_QUIET, *multirun, *(_forced(word, directory) for word in overrides)]
+    return directory, [*flags, *_QUIET, *multirun, *_all_forced(overrides, directory)]
+
+
+def _all_forced(overrides: Sequence[str], directory: Path) -> list[str]:
+    """Each as `_forced` makes it; a list of blocks in the place of a file is applied last, so nothing else may change it."""
+    keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
+    for override, key in zip(overrides, keys, strict=True):
+        if (directory / key).is_dir() and _BLOCKS.match(override.partition("=")[2]):
+            if other := [o for o, k in zip(overrides, keys, strict=True) if o is not override and k.split(".")[0] == key]:
+                raise ConfigError(f"{override} and {other[0]} change the same: give one of them")
+    return [_forced(override, directory) for override in overrides]
 
 
 def _forced(override: str, directory: Path) -> str:
@@ -334,10 +346,10 @@ def _forced(override: str, directory: Path) -> str:
     if (not equals and not key.startswith("~")) or not key.strip("+~"):
         raise ConfigError(f"{override!r} is not an override: write key=value")
     group = directory / key.lstrip("+~").partition("@")[0]
-    if group.is_dir() and re.match(r"\[\s*\{", value):
-        return _readable(f"++{_INSTEAD}.{key.lstrip('+~')}={value}")
-    if group.is_dir() or key.startswith(("~", "hydra.", "hydra/")):
+    if key.startswith(("~", "hydra.", "hydra/")):
         return override
+    if group.is_dir():
+        return _readable(f"++{_INSTEAD}.{key.lstrip('+')}={value}") if _BLOCKS.match(value) else override
     return _readable("++" + override.lstrip("+"))
 
 

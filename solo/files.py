@@ -15,8 +15,7 @@ from typing import BinaryIO, cast
 HOST = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)\.\w+\.tmp")
 _FORGOTTEN = 86400.0        # seconds after which a temporary file of another host counts as left behind
-_UMASK = os.umask(0o077)    # asked once: one can only ask by setting it, for all threads
-os.umask(_UMASK)
+_UMASK = re.compile(r"(?m)^Umask:\s*([0-7]+)")
 
 
 def write_file(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> str:
@@ -46,12 +45,22 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_UMASK)
+            os.chmod(file.name, 0o666 & ~_umask())
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
     _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """Elsewhere than on Linux one can only ask by setting it, for all threads."""
+    with suppress(OSError):
+        if found := _UMASK.search(Path("/proc/self/status").read_text()):
+            return int(found[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_link(path: Path, target: str | Path) -> None:

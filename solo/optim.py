@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -216,9 +216,10 @@ def _build(name: str, groups: list[dict[str, Any]], lr: float, weight_decay: flo
 
 def states_per_parameter(config: OptimizerConfig) -> int:
     """How many tensors of its size the optimizer keeps for each parameter: SGD's momentum is one, Adam's moments two."""
+    kwargs = {key: value for key, value in config.kwargs.items() if key not in ("capturable", "fused")}     # of a GPU's step
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
-    optimizer = build(config, [{"params": [parameter]}])
+    optimizer = build(replace(config, kwargs=kwargs), [{"params": [parameter]}])
     optimizer.step()
     return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in optimizer.state[parameter].values())
 

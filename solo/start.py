@@ -210,17 +210,23 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
     return own
 
 
+def _estimate(config: Experiment, method: Method) -> int:
+    """Bytes of a checkpoint's tensors."""
+    trained = [p for p in method.parameters() if p.requires_grad]
+    tensors = [*method.state_dict().values(), *trained * optim.states_per_parameter(config.optimizer)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _check_room(config: Experiment, run_dir: Path, method: Method, path: Path | None, trainer: pl.Trainer) -> None:
     """All that will lie in the run's folder must fit beside what does.
 
     Raises:
         EnvironmentFault: it does not.
     """
-    trained = [p for p in method.parameters() if p.requires_grad]
-    tensors = [*method.state_dict().values(), *trained * optim.states_per_parameter(config.optimizer)]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if path is None else path.stat().st_size
+    size = _estimate(config, method) if path is None else path.stat().st_size
     there = len(list(run_dir.glob("checkpoints/*.ckpt")))
-    most = config.checkpoint.most(None if trainer.max_steps > 0 or trainer.max_epochs == -1 else trainer.max_epochs)
+    other_end = trainer.max_steps > 0 or trainer.max_epochs == -1 or config.trainer.get("max_time") is not None
+    most = config.checkpoint.most(None if other_end else trainer.max_epochs)
     needed, free = size * max(most - there, 1), shutil.disk_usage(run_dir.parent).free
     if free < needed:
         raise EnvironmentFault(f"{run_dir} has no room for checkpoints: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")

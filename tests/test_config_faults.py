@@ -167,5 +167,10 @@ def test_views_are_given_on_the_command_line_in_place_of_a_file():
         views = "augmentations=[{crop_size: 32, num_crops: 2}, {crop_size: 16, num_crops: 3}]"
         found = experiment(config.load(ROOT / "scripts" / "pretrain" / f"{recipe}.yaml", [views])).augmentations
         assert [(view.crop_size, view.num_crops) for view in found] == [(32, 2), (16, 3)]
+    blocks = "augmentations=[{crop_size: 32, num_crops: 2}]"
+    for others in (["augmentations.0.crop_size=24"], ["augmentations=[]"], ["augmentations=digits"]):
+        for both in ([blocks, *others], [*others, blocks]):
+            with pytest.raises(ConfigError, match="change the same: give one of them"):
+                config.load(ROOT / "scripts" / "pretrain" / "sce.yaml", both)
     with pytest.raises(ConfigError, match=r"augmentations\[0\].crop_siz: did you mean augmentations\[0\].crop_size"):
         experiment(config.load(ROOT / "scripts" / "pretrain" / "sce.yaml", ["augmentations=[{crop_siz: 32}]"]))

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -75,6 +76,7 @@ class BadImages:
         self._reasons: dict[int, str] = {}
         self._unsaid: set[int] = set()
         self._unlisted = False
+        self._listed: set[str] | None = None        # once read
 
     @property
     def count(self) -> int:
@@ -137,14 +139,17 @@ class BadImages:
             still_own(self.report_dir)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
-                file.seek(0)
-                content = file.read(MAX_JSON + 1)
-                if name in _listed(content):        # a run that goes on meets them again
+                if self._listed is None:
+                    self._listed = _names(file)
+                if name in self._listed:            # a run that goes on meets them again
                     return
                 line = json.dumps({"name": name, "reason": self._reasons[index]}, ensure_ascii=False).encode() + b"\n"
-                if len(content) + len(line) >= MAX_JSON:
+                size = file.seek(0, os.SEEK_END)
+                if size + len(line) >= MAX_JSON:
                     raise ValueError(f"it would be larger than {MAX_JSON >> 20} MiB")
-                file.write(line if content[-1:] in (b"", b"\n") else b"\n" + line)
+                file.seek(max(size - 1, 0))
+                file.write(line if file.read(1) in (b"", b"\n") else b"\n" + line)
+            self._listed.add(name)
         except (OSError, ValueError) as error:      # it ends at a save, if at all
             if not self._unlisted:
                 log.warning("%s cannot be written, or read: %s; unreadable images are still named here", path,
@@ -156,10 +161,11 @@ class BadImages:
         return Path(folder) / "bad_samples.jsonl"
 
 
-def _listed(content: bytes) -> set[str]:
+def _names(file: BinaryIO) -> set[str]:
     """The names in a list, but for lines that are none, as a power cut leaves them."""
     names = set()
-    for line in content.splitlines():
+    file.seek(0)
+    for line in file.read(MAX_JSON + 1).splitlines():
         with suppress(ValueError, TypeError, KeyError):
             names.add(parse_json(line)["name"])
     return names
