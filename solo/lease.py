@@ -1,6 +1,7 @@
 """One job to a run's directory: the second is refused while the first lives, and one that lost it writes no more."""
 
 import errno
+import logging
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ from solo.files import HOST, alive, birth, sweep, write_link
 BEAT = 15.0         # seconds between two signs of life
 STALE = 120.0       # seconds without one after which a job on another host counts as dead
 
+log = logging.getLogger(__name__)
 _held: dict[Path, str] = {}         # leases of this process, and what they say
 
 
@@ -118,8 +120,10 @@ def _take(link: Path, own: str, folder: Path) -> None:
 
 def _give_back(link: Path) -> None:
     """One that cannot be removed is taken over once its owner has ended; what ends this one now is what matters."""
-    with suppress(OSError):
-        link.unlink()
+    try:
+        link.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s stays: %s", link, error.strerror)
 
 
 def _refuse_living(link: Path, owner: str, folder: Path) -> None:

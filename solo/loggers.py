@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 AGAIN = 300.0       # seconds between two warnings of one logger
 REST = 100          # times what a failure cost: so long a logger is left alone, and a server that is down costs 1 % of a run
 SERVERS = ("wandb", "mlflow", "comet")      # asked over a network; the others write files here, which nobody waits for
+ONCE = {"log_hyperparams", "log_graph"}     # calls that a run makes once, and which never work again
 MORTAL = ("tensorboard",)                   # its writer's thread ends at the first failure
 
 WANDB = {"disable_code": True, "disable_git": True, "x_disable_meta": True, "console": "off", "init_timeout": 30}
@@ -99,7 +100,7 @@ class Spared(Logger):
                 reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
                 log.warning("logger %s fails (%s); training goes on, %d lost so far", self._title, reason, self._lost)
             return None
-        worked, self._failing = self._failing & {"start", what}, self._failing - {"start", what}
+        worked, self._failing = self._failing & {"start", what}, self._failing - {"start", what, *(ONCE - {what})}
         if self._warned and worked and not self._failing:
             self._say_lost(" works again")
         return found

@@ -1,9 +1,11 @@
 """Python commands as forks of this process, in which what they import is there: a new interpreter needs 5 s for it.
 
-All else is as a user's command has it: arguments, environment, folder, files, handlers of signals, exit codes, and so are
-the processes that Lightning's launcher starts for it.
+As a user's command has them are arguments, environment, folder, files, handlers of signals and of the exit, exit codes, and so
+are the processes that Lightning's launcher starts for it. Not so: modules are imported already, with whatever a test has
+patched in them, so that a test of an import, or of a missing package, starts a new interpreter.
 """
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -42,7 +44,10 @@ class Fork(subprocess.Popen):
             for pipe in {*pipes} - {-1, 0, 1, 2}:
                 os.close(pipe)
             work = FORKING.Process(target=_command, args=(args[1:], cwd, env))
-            os._exit(work._bootstrap())
+            atexit._clear()         # of this process
+            code = work._bootstrap()
+            atexit._run_exitfuncs()
+            os._exit(code)
         self._child_created = True
         self._close_pipe_fds(*pipes)
 

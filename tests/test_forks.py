@@ -10,7 +10,8 @@ import pytest
 from tests import forks
 
 PROGRAM = """
-import logging, os, signal, sys, warnings
+import atexit, logging, os, signal, sys, warnings
+atexit.register(print, "at the exit")
 print(__name__, sys.argv, os.getcwd(), sorted(name for name in os.environ if name != "LC_CTYPE"), os.path.realpath(sys.path[0]))
 print([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)], logging.root.handlers)
 print(os.getsid(0) == os.getpid(), sys.stdin.read(1))

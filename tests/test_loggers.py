@@ -183,6 +183,18 @@ def test_a_call_that_works_says_nothing_of_another_kind_that_does_not(tmp_path, 
     assert len(warnings(caplog)) == 2
 
 
+def test_a_call_that_comes_once_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    logger = Spared("x", lambda: Server(tmp_path), rests=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "log_hyperparams", full)
+        patch.setattr(Server, "log_metrics", full)
+        logger.log_hyperparams({"a": 1})
+        logger.log_metrics({"a": 1.0}, 1)
+    Server.down = False
+    logger.log_metrics({"a": 1.0}, 2)
+    assert warnings(caplog)[1:] == ["logger x works again: 2 calls were lost"]
+
+
 def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 

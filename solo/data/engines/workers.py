@@ -20,6 +20,7 @@ from solo.errors import EnvironmentFault, SoloError
 
 _SHARED = Path("/dev/shm")  # where Linux workers put their batches
 _NO_FILES = ("Too many open files", "ancdata")  # what the system, torch and sockets say where descriptors run out
+_NO_ROOM = ("No space left", "File too large", "unable to allocate", "unable to resize", "unable to write")
 _PREFETCH = 2  # batches that each worker makes ahead
 
 
@@ -158,7 +159,7 @@ def _shared(payload: Any) -> Any:
         for tensor in tensors:
             tensor.share_memory_()
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _NO_FILES):
+        if not any(sign in str(error) for sign in _NO_ROOM):
             raise
         have = f"{_SHARED} has {_mib(free_shared_memory() or 0)} free"
         advice = "lower data.num_workers, or give the container more (--shm-size)"
