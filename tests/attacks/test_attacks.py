@@ -1,5 +1,6 @@
 """Every file of `tests.attacks.make` is refused in one line, soon, in little memory, and nothing in it runs."""
 
+import gc
 import contextlib
 import io
 import json
@@ -223,6 +224,10 @@ def test_the_payloads_work(payload: str, tmp_path: Path) -> None:
 
 def test_the_sandbox_sees_memory_time_and_errors() -> None:
     assert confined(lambda: bytearray(os.urandom(1) * (64 * MIB)), 256 * MIB).grown > 60 * MIB
+    garbage: list[object] = [bytearray(os.urandom(1) * (200 * MIB))]
+    garbage.append(garbage)
+    del garbage         # the child's collection would make room for what it takes
+    assert confined(lambda: (gc.collect(), bytearray(os.urandom(1) * (64 * MIB))), 256 * MIB).grown > 60 * MIB
     assert "MemoryError" in confined(lambda: bytearray(512 * MIB), 256 * MIB).text
     assert confined(lambda: sum(i * i for i in range(10**10)), 256 * MIB, seconds=1).kind == "died"
     assert confined(lambda: 1 / 0, 256 * MIB).kind == "raised"
