@@ -69,12 +69,12 @@ ROUTES = {
 def interrupt(
     name: str, number: signal.Signals, wait: float, content: dict[str, Any], folder: Path, truth: Reference
 ) -> tuple[float | None, list[str]]:
-    """Start a run, signal it, and let it go on to its end; again where it was over before the signal came.
+    """Start a run, signal it, and let it go on to its end; again, in half the wait, where it was over before the signal came.
 
     Args:
         name: of the route.
         number: the signal.
-        wait: seconds from the first step to it.
+        wait: seconds from the first step to it, at first.
         content: the run's config, of as many processes as the route has; it saves when it is told to and at its end.
         folder: where to work.
         truth: the run that nobody interrupts.
@@ -83,7 +83,7 @@ def interrupt(
         Seconds from the signal until all processes were gone (none where no signal came in time), and what is wrong.
     """
     for attempt in range(TRIES):
-        if found := _interrupt(ROUTES[name], number, wait, Ordeal(content, folder / str(attempt), truth), truth):
+        if found := _interrupt(ROUTES[name], number, wait / 2**attempt, Ordeal(content, folder / str(attempt), truth), truth):
             took, problems = found
             return took, [f"{problem} ({name}, {number.name})" for problem in problems]
     return None, [f"missed: over before the signal, {TRIES} times ({name}, {number.name})"]
