@@ -1,7 +1,7 @@
 """Views through one network: one after the other, as one batch with the statistics of each view, or in small parts."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby
@@ -98,19 +98,25 @@ class ViewBatching:
 
 def _both_times(network: nn.Module) -> tuple[Any, Any]:
     """What surrounds the first pass of a part, and the second."""
-    return nullcontext(), _buffers_kept(network)
+    return nullcontext(), _BuffersKept(network)
 
 
-@contextmanager
-def _buffers_kept(network: nn.Module) -> Iterator[None]:
-    """Running statistics moved in the first pass already: what is written within is thrown away."""
-    own = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
-    for module, buffers in own:
-        module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-    try:
-        yield
-    finally:
-        for module, buffers in own:
+class _BuffersKept:
+    """Running statistics moved in the first pass already: what is written within is thrown away.
+
+    Entered once for each backward pass: a graph may be kept for several.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    def __enter__(self) -> None:
+        self._own = [(module, dict(module._buffers)) for module in self._network.modules() if module._buffers]
+        for module, buffers in self._own:
+            module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+
+    def __exit__(self, *raised: object) -> None:
+        for module, buffers in self._own:
             module._buffers = buffers
 
 

@@ -19,6 +19,7 @@ from solo.errors import ConfigError, Parser, reported
 from solo.experiment import experiment
 from solo.testing.case import SIZES, Case
 from solo.testing.certificate import Row, certificate
+from solo.testing.compare import Measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Console(stderr=True).status("training") as status, redirect_stdout(StringIO()):
         for row in certificate(case, options.ranks):
             rows.append(row)
-            status.update(f"{row.check}: {_result(row)}")
+            status.update(f"{row.check}: {row.result}")
     print_markdown(options.method, rows) if options.markdown else print_table(options.method, rows)
     return 1 if any(row.problem for row in rows) else 0
 
@@ -65,35 +66,38 @@ def _recipe(method: str, path: str) -> dict[str, Any]:
     return {"method_kwargs": small, "augmentations": views}
 
 
-def _result(row: Row) -> str:
-    return "fails" if row.problem else "holds"
-
-
 def _numbers(row: Row) -> tuple[str, str]:
-    if row.measured is None:
+    if not isinstance(row.found, Measured):
         return "", ""
-    return f"{row.measured.largest:.1e}" if row.measured.largest else "0", f"{row.measured.bound:g}" or "0"
+    return f"{row.found.largest:.1e}" if row.found.largest else "0", f"{row.found.bound:g}" or "0"
+
+
+def _title(method: str, rows: Sequence[Row]) -> str:
+    results = [row.result for row in rows]
+    absent = results.count("absent")
+    return f"{method}: {results.count('holds')} of {len(rows)} hold" + (f", {absent} absent" if absent else "")
 
 
 def print_table(method: str, rows: Sequence[Row]) -> None:
-    """A table for the terminal, and below it what fails."""
-    table = Table(title=f"{method}: {sum(not row.problem for row in rows)} of {len(rows)} hold", title_justify="left")
+    """A table for the terminal, and below it what fails and what else there is to say."""
+    table = Table(title=_title(method, rows), title_justify="left")
     for heading in ("check", "result", "largest difference", "bound"):
         table.add_column(heading, justify="right" if heading in ("largest difference", "bound") else "left")
     for row in rows:
-        table.add_row(row.check, _result(row), *_numbers(row), style="bold red" if row.problem else None)
+        table.add_row(row.check, row.result, *_numbers(row), style="bold red" if row.problem else None)
     console = Console()
     console.print(table)
     for row in rows:
-        if row.problem:
-            console.print(f"{row.check}: {row.problem}", markup=False, highlight=False, soft_wrap=True)
+        if row.remark:
+            console.print(f"{row.check}: {row.remark}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_markdown(method: str, rows: Sequence[Row]) -> None:
     """The same table in Markdown."""
     print(f"| `{method}` | result | largest difference | bound |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row.check} | {row.problem.replace('|', '/') or 'holds'} | {' | '.join(_numbers(row))} |")
+        said = f"{row.result}: {row.remark.replace('|', '/')}" if row.remark else row.result
+        print(f"| {row.check} | {said} | {' | '.join(_numbers(row))} |")
 
 
 if __name__ == "__main__":

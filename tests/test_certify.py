@@ -1,18 +1,24 @@
 """``python -m solo.certify``, and that the certificate fails where a method says or does something wrong."""
 
-import pytest
+from contextlib import nullcontext
 
-from solo import certify
+import pytest
+import torch
+from torch import nn
+
+from solo import batching, certify
 from solo.dist import rank
 from solo.errors import ConfigError
 from solo.methods import METHODS, NNCLR, SCE
 from solo.methods.unigrad import CONSTANTS
+from solo.nn import Teacher
 from solo.testing import Case
 from solo.testing.certificate import Row
-from solo.testing.compare import Measured
+from solo.testing.compare import Absent, Measured
 from solo.testing.invariance import (
     OVER_RANKS,
     declares_what_it_gathers,
+    large_batch_mode_equals_one,
     micro_batches_equal_one,
     ranks_accumulate,
     ranks_equal_one,
@@ -44,6 +50,33 @@ class Moves(NNCLR):
         return outputs
 
 
+class Hurries(SCE):
+    """Its teacher follows with each micro-batch."""
+
+    def losses(self, batch):
+        self.teacher.update(0.0)
+        return super().losses(batch)
+
+
+class Whole(NNCLR):
+    """Its backbone takes all images at once, whatever `micro_batch` is."""
+
+    def losses(self, batch):
+        backbone, self.backbone = self.backbone, nn.Identity()
+        try:
+            return super().losses(batch._replace(views=[backbone(view) for view in batch.views]))
+        finally:
+            self.backbone = backbone
+
+
+class Sums(NNCLR):
+    """In parts it weighs its loss a little more."""
+
+    def losses(self, batch):
+        outputs = super().losses(batch)
+        return {**outputs, "loss": outputs["loss"] * (1 + 1e-6 * bool(self.each.micro_batch))}
+
+
 class Differs(NNCLR):
     """Its second rank weighs its loss a little less."""
 
@@ -70,6 +103,37 @@ def test_a_wrong_declaration_is_refused_and_the_right_one_named(name, found):
 def test_a_memory_that_moves_between_micro_batches_is_found():
     with pytest.raises(AssertionError, match="queue.keys between two micro-batches differs"):
         micro_batches_equal_one(Case(HERE + "Moves"))
+    with pytest.raises(AssertionError, match="teacher.* between two micro-batches differs"):
+        micro_batches_equal_one(Case(HERE + "Hurries"))
+
+
+def test_the_large_batch_mode_is_compared_or_said_to_be_absent():
+    found = large_batch_mode_equals_one(Case(HERE + "Whole"))
+    assert found == Absent("the backbone takes 8 images at once whatever micro_batch is: it does not pass self.each")
+    with pytest.raises(AssertionError, match="loss of 1 images at a time differs"):
+        large_batch_mode_equals_one(Case(HERE + "Sums"))
+
+
+def per_part(teacher, x, size):
+    return torch.cat([teacher(part) for part in x.split(size)])
+
+
+def scaled(out, images):
+    """The same, with a gradient as if of a mean over these images."""
+    return out.detach() + (out - out.detach()) / (1 + images)
+
+
+@pytest.mark.parametrize("place, name, defect, found", [
+    (Teacher, "in_parts", torch.no_grad()(per_part), "loss of 3 images at a time, BatchNorms in training, differs"),
+    (Teacher, "in_parts", lambda self, x, size: self(x), "loss of 3 images at a time, BatchNorms in training, differs"),
+    (batching, "_both_times", lambda _: (nullcontext(), nullcontext()), "backbone.bn1.running_mean of 3 images at a time"),
+    (batching, "checkpoint", lambda network, part, **_: network(part).detach(), "only one has .'gradient of backbone"),
+    (batching, "checkpoint", lambda network, part, **_: scaled(network(part), len(part)), "gradient of backbone.* of 1 images"),
+], ids=["teacher's head in parts", "teacher forgotten", "statistics twice", "no second pass", "second pass scaled"])
+def test_a_defect_of_the_large_batch_mode_is_found(place, name, defect, found, monkeypatch):
+    monkeypatch.setattr(place, name, defect)
+    with pytest.raises(AssertionError, match=found):
+        large_batch_mode_equals_one(Case("nnclr" if place is batching else "sce"))
 
 
 @pytest.mark.parametrize("check", OVER_RANKS, ids=lambda check: check.__name__)
@@ -91,7 +155,8 @@ def test_the_groups_of_batch_norm_are_the_processes():
     from solo.testing import invariance
 
     batch = invariance._images(Case("nnclr"), 16)
-    apart, together = (invariance._step(Case("nnclr"), [batch], groups=groups)["loss"] for groups in (2, 1))
+    models = [invariance._model(Case("nnclr"), invariance._by_process(16, groups)) for groups in (2, 1)]
+    apart, together = (invariance._step(model, [batch])["loss"] for model in models)
     assert abs(apart - together) > 1e-3
 
 
@@ -104,7 +169,10 @@ def test_every_form_of_unigrad_declares_something():
 
 # --- the command -------------------------------------------------------------------------------------------------------------
 
-ROWS = [Row("holds well", "", Measured(1.5e-12, 1e-8)), Row("same bits", "", Measured(0, 0)), Row("trains", "", None)]
+ROWS = [
+    Row("holds well", "", Measured(1.5e-12, 1e-8)), Row("same bits", "", Measured(0, 0)), Row("trains", "", None),
+    Row("in parts", "", Measured(2e-14, 1e-8, "but norms")), Row("in whole", "", Absent("it has none")),
+]
 
 
 @pytest.fixture
@@ -119,11 +187,12 @@ def rows(monkeypatch):
 def test_a_table_and_its_exit_code(rows, capsys):
     assert certify.main(["nnclr"]) == 0
     said = capsys.readouterr().out
-    assert "nnclr: 3 of 3 hold" in said and "1.5e-12" in said
+    assert "nnclr: 4 of 5 hold, 1 absent" in said and "1.5e-12" in said
+    assert "in parts: but norms" in said and "in whole: it has none" in said
     rows[0].append(Row("ranks equal one", "loss on rank 1 of 2 differs: by 0.3", Measured(0.3, 1e-8)))
     assert certify.main(["nnclr"]) == 1
     said = capsys.readouterr().out
-    assert "3 of 4 hold" in said and "ranks equal one: loss on rank 1 of 2 differs: by 0.3" in said
+    assert "4 of 6 hold" in said and "ranks equal one: loss on rank 1 of 2 differs: by 0.3" in said
 
 
 def test_markdown(rows, capsys):
@@ -131,6 +200,7 @@ def test_markdown(rows, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "| `nnclr` | result | largest difference | bound |", "|---|---|---|---|",
         "| holds well | holds | 1.5e-12 | 1e-08 |", "| same bits | holds | 0 | 0 |", "| trains | holds |  |  |",
+        "| in parts | holds: but norms | 2.0e-14 | 1e-08 |", "| in whole | absent: it has none |  |  |",
     ]
 
 

@@ -89,6 +89,11 @@ class Case:
             return run(self.experiment(folder, **changes), callback)
 
 
+def half(case: Case) -> dict[str, Any]:
+    """Of the experiment: epochs of 4 steps and 2 validation batches, where more would show no more."""
+    return {"data": {**case.changes.get("data", {}), "train_size": 32}, "limit_val_batches": 2}
+
+
 def run(config: Experiment, callback: pl.Callback | None = None) -> dict[str, Any]:
     """The last checkpoint of a run."""
     last = pretrain(config, [callback] if callback else []).checkpoint

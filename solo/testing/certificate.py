@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from solo.testing.case import Case
 from solo.testing.checks import CHECKS
-from solo.testing.compare import Differs, Measured
+from solo.testing.compare import Absent, Differs, Measured
 from solo.testing.invariance import OVER_RANKS
 
 
@@ -16,12 +16,23 @@ class Row(NamedTuple):
     Attributes:
         check: its name in words.
         problem: what was found wrong; empty where it holds.
-        measured: the largest difference and its bound; None where the check is no comparison.
+        found: the largest difference and its bound, or why there is nothing to check; None where it is no comparison.
     """
 
     check: str
     problem: str
-    measured: Measured | None
+    found: Measured | Absent | None
+
+    @property
+    def result(self) -> str:
+        """In a word."""
+        return "fails" if self.problem else "absent" if isinstance(self.found, Absent) else "holds"
+
+    @property
+    def remark(self) -> str:
+        """What more there is to say of it, if anything."""
+        said = self.found.why if isinstance(self.found, Absent) else self.found.note if self.found else ""
+        return self.problem or said
 
 
 def certificate(case: Case, worlds: Sequence[int] = (2, 4)) -> Iterator[Row]:
@@ -39,7 +50,7 @@ def certificate(case: Case, worlds: Sequence[int] = (2, 4)) -> Iterator[Row]:
             yield _row(f"{check.__name__}, {world} processes", partial(check, case, world))
 
 
-def _row(name: str, check: Callable[[], Measured | None]) -> Row:
+def _row(name: str, check: Callable[[], Measured | Absent | None]) -> Row:
     words = name.replace("_", " ")
     try:
         return Row(words, "", check())

@@ -11,10 +11,25 @@ from solo.methods import Method
 
 
 class Measured(NamedTuple):
-    """The largest difference a check found and the one it allows; 0 allowed: the same bits."""
+    """The largest difference a check found and the one it allows; 0 allowed: the same bits.
+
+    Attributes:
+        note: what is not compared, where that is the method's or its backbone's doing.
+    """
 
     largest: float
     bound: float
+    note: str = ""
+
+
+class Absent(NamedTuple):
+    """A method has not what a check is about.
+
+    Attributes:
+        why: what it has instead.
+    """
+
+    why: str
 
 
 SAME_BITS = Measured(0.0, 0.0)

@@ -1,10 +1,11 @@
-"""A step is the same step however it is run: over ranks, over micro-batches, over both. All in float64.
+"""A step is the same step however it is run: over ranks, over micro-batches, over both, or in parts. All in float64.
 
 What must be the same: the loss, every parameter's gradient, and all that an optimizer step moves (`StepModule`: teachers,
 queues, correlations). A method says how far that goes: `Method.gathers`, `Method.local_terms`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from solo.batch import Batch
+from solo.batching import ViewBatching
 from solo.dist import all_reduce
 from solo.methods import Method
 from solo.nn import Queue, StepModule
+from solo.testing.advance import advances_once_per_step
 from solo.testing.case import Case
-from solo.testing.compare import Differs, Measured, double, of, require, within
+from solo.testing.compare import Absent, Differs, Measured, double, of, require, within
 from solo.testing.ranks import run_ranks
 
 Values = dict[str, Tensor]
@@ -35,12 +38,13 @@ def declares_what_it_gathers(case: Case) -> Measured | None:
     as many keys: from 8 to 16 to 32 times, the loss settles with the one and goes on growing with the other.
     """
     batch = _images(case, 4)
-    whole = _step(case, [batch])
+    whole = _step(_model(case), [batch])
     found, measured = "none", None
     try:
-        measured = within(_shared(whole), _shared(_step(case, [_part(batch, r, 2) for r in range(2)])), "in two parts", _BOUND)
+        halves = _step(_model(case), [_part(batch, i, 2) for i in range(2)])
+        measured = within(_shared(whole), _shared(halves), "in two parts", _BOUND)
     except Differs:
-        a, b, c = (float(_step(case, [_repeated(batch, times)])["loss"]) for times in (8, 16, 32))
+        a, b, c = (float(_step(_model(case), [_repeated(batch, times)])["loss"]) for times in (8, 16, 32))
         found = "statistics" if abs(c - b) < 0.75 * abs(b - a) or abs(b - a) < _BOUND * max(abs(a), 1.0) else "keys"
     declared = case.build().gathers
     require(found == declared, f"gathers={declared!r} says that {_SPEAK.get(declared, 'nothing known')}, but {_SPEAK[found]}: "
@@ -77,9 +81,9 @@ def micro_batches_equal_one(case: Case) -> Measured:
     With ``gathers = "none"`` the loss and every gradient, too.
     """
     batch, measured = _images(case, 8), Measured(0.0, _BOUND)
-    whole = _in_any_order(case, _step(case, [batch]))
+    whole = _in_any_order(case, _step(_model(case), [batch]))
     for count in (2, 4):
-        parts = _in_any_order(case, _step(case, [_part(batch, i, count) for i in range(count)]))
+        parts = _in_any_order(case, _step(_model(case), [_part(batch, i, count) for i in range(count)]))
         kept = [name for name in whole if name.startswith("after the step")]
         if case.build().gathers == "none":
             kept += _shared(whole)
@@ -89,7 +93,35 @@ def micro_batches_equal_one(case: Case) -> Measured:
     return measured
 
 
-INVARIANCE = (declares_what_it_gathers, micro_batches_equal_one, ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
+def large_batch_mode_equals_one(case: Case) -> Measured | Absent:
+    """``micro_batch``, also where it does not divide the 8 images: loss, gradients, teachers, queues and the like of one pass.
+
+    BatchNorms are in eval mode; then in training, where the one pass to compare with normalises maps by as many images at a
+    time: that, which moves the running statistics too, is the only difference. A run moves on once per optimizer step.
+    """
+    batch, measured = _images(case, 8), Measured(0.0, _BOUND)
+    for size, by in ((1, None), (3, None), (3, _by_part(3)), (4, _by_part(4))):
+        whole, parts, rows = _model(case, by), _model(case, by and _by_part(8)), _Rows()
+        parts.each = ViewBatching(micro_batch=size)
+        parts.backbone.register_forward_hook(rows)
+        where = f"of {size} images at a time{', BatchNorms in training,' if by else ''}"
+        expected, found = (_step(model, [batch]) | {f"after the step, {name}": buffer for name, buffer in model.named_buffers()}
+                           for model in (whole, parts))
+        if rows.most > size:
+            return Absent(f"the backbone takes {rows.most} images at once whatever micro_batch is: it does not pass self.each")
+        measured = max(measured, within(expected, found, where, _BOUND))
+    advances_once_per_step(case, micro_batch=4, view_batching="separate")
+    return measured._replace(note=parts.each.note(parts.backbone))
+
+
+INVARIANCE = (
+    declares_what_it_gathers,
+    micro_batches_equal_one,
+    large_batch_mode_equals_one,
+    ranks_equal_one,
+    ranks_normalise_alone,
+    ranks_accumulate,
+)
 OVER_RANKS = (ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
 
 
@@ -113,17 +145,24 @@ def _repeated(batch: Batch, times: int) -> Batch:
     return Batch([torch.cat([view] * times) for view in batch.views], batch.labels.repeat(times), batch.index.repeat(times))
 
 
+class _Rows:
+    """The most images a network has seen at once."""
+
+    most = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        self.most = max(self.most, len(args[0]))
+
+
 # --- one step ------------------------------------------------------------------------------------------------------------
 
 
-def _step(case: Case, micro_batches: Sequence[Batch], rank: int = 0, world: int = 1, groups: int = 0) -> Values:
+def _step(model: Method, micro_batches: Sequence[Batch], rank: int = 0, world: int = 1) -> Values:
     """A step's mean loss and gradients over micro-batches, without and with the local terms alone, and what it moved.
 
     Args:
         rank, world: take that part of each micro-batch.
-        groups: BatchNorms normalise by so many groups of the images, each by its own; 0: by their running statistics.
     """
-    model = _model(case, len(micro_batches[0].labels) // world, groups)
     values: Values = {}
     before = _states(model)
     for batch in micro_batches:
@@ -135,29 +174,37 @@ def _step(case: Case, micro_batches: Sequence[Batch], rank: int = 0, world: int 
     return values | {f"after the step, {name}": value for name, value in _states(model).items()}
 
 
-def _model(case: Case, images: int, groups: int) -> Method:
+def _model(case: Case, normalised: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Method:
+    """The method in eval mode, or with BatchNorms in training that normalise as this says, given each and its rows."""
     model = case.build().double().eval()
-    for norm in of(model, _BatchNorm).values() if groups else ():
-        norm.train()
-        norm.forward = _Grouped(norm, images, groups)
+    with torch.no_grad():
+        torch._foreach_mul_([p for p in model.parameters() if p.requires_grad], 1.1)            # teachers are not there yet
+    if normalised is not None:
+        for norm in of(model, _BatchNorm).values():
+            norm.train()
+            norm.forward = partial(normalised, norm)
     return model
 
 
-class _Grouped:
-    """A BatchNorm's forward in which the images of each of several processes are normalised by their own statistics.
+def _by_process(images: int, groups: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A BatchNorm by the statistics of each of several processes' images; its rows are those of one or several views."""
 
-    Args:
-        norm: takes rows of one or several views, [V * images, ...].
-    """
-
-    def __init__(self, norm: nn.Module, images: int, groups: int) -> None:
-        self.norm, self.images, self.groups = norm, images, groups
-
-    def __call__(self, x: Tensor) -> Tensor:
-        require(len(x) % self.images == 0, f"a BatchNorm sees {len(x)} rows for {self.images} images: whose are they?")
-        parts = x.view(-1, self.groups, self.images // self.groups, *x.shape[1:]).unbind(1)     # each [V, b, ...]
-        done = [type(self.norm).forward(self.norm, part.flatten(0, 1)).view_as(part) for part in parts]
+    def normalised(norm: nn.Module, x: Tensor) -> Tensor:                                       # [V * images, ...]
+        require(len(x) % images == 0, f"a BatchNorm sees {len(x)} rows for {images} images: whose are they?")
+        parts = x.view(-1, groups, images // groups, *x.shape[1:]).unbind(1)                    # each [V, b, ...]
+        done = [type(norm).forward(norm, part.flatten(0, 1)).view_as(part) for part in parts]
         return torch.stack(done, dim=1).flatten(0, 2)
+
+    return normalised
+
+
+def _by_part(size: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A BatchNorm on maps by the statistics of so many images at a time; one in a head by all rows."""
+
+    def normalised(norm: nn.Module, x: Tensor) -> Tensor:                                       # [B, C, H, W] or [B, D]
+        return torch.cat([type(norm).forward(norm, part) for part in (x.split(size) if x.ndim == 4 else [x])])
+
+    return normalised
 
 
 def _states(model: Method) -> Values:
@@ -202,19 +249,20 @@ def _in_any_order(case: Case, values: Values) -> Values:
 
 
 def _ranks_equal(case: Case, micro_batches: Sequence[Batch], world: int, per_rank_statistics: bool) -> Measured:
-    own, joined = (1, world) if per_rank_statistics else (0, 0)
-    expected = _step(case, micro_batches, groups=joined)
-    alone = [_step(case, micro_batches, rank, world, own) for rank in range(world)]
+    images = len(micro_batches[0].labels)
+    own = _by_process(images // world, 1) if per_rank_statistics else None
+    expected = _step(_model(case, _by_process(images, world) if per_rank_statistics else None), micro_batches)
+    alone = [_step(_model(case, own), micro_batches, rank, world) for rank in range(world)]
     local = [name for name in expected if name.endswith("(local)")]
     expected |= {name: torch.stack([part[name] for part in alone]).mean(0) for name in local}
     measured = Measured(0.0, _BOUND)
-    for rank, found in enumerate(run_ranks(lambda rank: _on_rank(case, micro_batches, rank, world, own), world=world)):
+    for rank, found in enumerate(run_ranks(lambda rank: _on_rank(_model(case, own), micro_batches, rank, world), world=world)):
         tensors = {name: torch.from_numpy(value) for name, value in found.items()}
         measured = max(measured, within(expected, tensors, f"on rank {rank} of {world}", _BOUND))
     return measured
 
 
-def _on_rank(case: Case, micro_batches: Sequence[Batch], rank: int, world: int, groups: int) -> dict[str, np.ndarray]:
+def _on_rank(model: Method, micro_batches: Sequence[Batch], rank: int, world: int) -> dict[str, np.ndarray]:
     """This rank's step; losses and gradients averaged over ranks."""
-    values = _step(case, micro_batches, rank, world, groups)
+    values = _step(model, micro_batches, rank, world)
     return {name: (value if name.startswith("after") else all_reduce(value) / world).numpy() for name, value in values.items()}
