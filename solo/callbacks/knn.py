@@ -79,7 +79,7 @@ class KNNCallback(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
             return
-        queries = Features(torch.cat(self._feats), torch.cat(self._labels))
+        queries = Features(torch.cat(self._feats), torch.cat(self._labels)) if self._feats else None    # a rank without an image
         self._feats, self._labels = [], []
         loader = trainer.datamodule.clean_loader(train=True, limit=self.config.max_train)  # type: ignore[attr-defined]
         with trainer.precision_plugin.forward_context():
@@ -88,7 +88,8 @@ class KNNCallback(Callback):
             self._give_up(trainer, "train")
             return
         votes = [Vote(k=k, temperature=self.config.temperature, distance=self.config.distance) for k in self.config.k]
-        hits = knn_hits(bank.to(pl_module.device), queries, self.num_classes, votes)
+        hits = (torch.zeros(len(votes), 3, dtype=torch.long) if queries is None else
+                knn_hits(bank.to(pl_module.device), queries, self.num_classes, votes))
         hits = all_reduce(hits.to(pl_module.device))
         if not hits[0, 2]:
             self._give_up(trainer, "validation")

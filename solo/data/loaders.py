@@ -114,7 +114,8 @@ class TrainLoader:
 class CleanLoader:
     """Batches of one unaugmented view in dataset order; each rank walks its contiguous part.
 
-    Unreadable images are left out and counted.
+    Unreadable images are left out and counted. ``len`` is that of the largest part, so that ranks agree on it: one whose part
+    is smaller, or that has no image at all, yields less.
     """
 
     def __init__(
@@ -134,14 +135,15 @@ class CleanLoader:
         shown = np.arange(len(source))
         if limit is not None and limit < len(source):
             shown = np.linspace(0, len(source) - 1, limit).astype(int)
-        self._part = np.array_split(shown, world)[rank]
+        parts = np.array_split(shown, world)
+        self._part, self._batches = parts[rank], -(-len(parts[0]) // batch_size)
         self._maker = _CleanMaker(source, size, mean, std)
         self._batch_size, self._bad = batch_size, bad
         few = isinstance(source, ArraySource) or len(self._part) < _CLEAN_WORKERS_FROM
         self._workers, self._timeout = 0 if few else worker_count(num_workers), timeout
 
     def __len__(self) -> int:
-        return -(-len(self._part) // self._batch_size)
+        return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
         slots = [Slot(0, self._part[i : i + self._batch_size]) for i in range(0, len(self._part), self._batch_size)]

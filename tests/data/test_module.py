@@ -270,6 +270,21 @@ def test_clean_images_are_shared_out_in_order(monkeypatch: pytest.MonkeyPatch) -
     assert index == list(range(397))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("images", [1, 4, 30, 31, 37])
+def test_ranks_have_as_many_batches_whatever_is_left_over(images: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [Order(1, images, 2, rank, world) for rank in range(world)]
+    assert {len(plan) for plan in plans} == {len(plan.epoch(Position(3, 0))) for plan in plans} == {images // (2 * world)}
+    data = module(4, [], dataset="fake", size=8, train_size=images)
+    loaders, shown = [], []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        loaders.append(data.clean_loader(train=True))
+        shown.append([batch.index for batch in loaders[-1]])
+    assert {len(loader) for loader in loaders} == {max(map(len, shown))}    # Lightning refuses, or skips, a rank without one
+    assert torch.cat([index for part in shown for index in part]).tolist() == list(range(images))
+
+
 def test_a_limit_spreads_over_the_dataset() -> None:
     data = module(dataset="digits")
     index = torch.cat([batch.index for batch in data.clean_loader(train=True, limit=50)])

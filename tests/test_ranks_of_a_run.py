@@ -1,0 +1,80 @@
+"""Processes of a run, through `pretrain`, leave what one process with all their images leaves."""
+
+import csv
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+
+from solo.nn import Teacher
+from solo.run import pretrain
+from solo.testing import Case, run_ranks
+from solo.testing.case import BACKBONE
+from solo.testing.compare import of
+from tests.data.common import make_folder
+
+pytestmark = pytest.mark.slow
+
+# Nothing normalises by a batch, of which each process would take its own rows alone.
+ALONE = {**BACKBONE, "kwargs": {**BACKBONE["kwargs"], "norm_layer": "groupnorm1"}}
+METHODS = {
+    "simclr": {"proj_hidden_dim": 16, "proj_output_dim": 8},
+    "sce": {"proj_layers": 1, "proj_last_norm": False, "proj_output_dim": 8, "pred_hidden_dim": 0, "queue_size": 144},
+}
+
+
+class InDouble(pl.Callback):
+    """Weights and what networks compute are float64, where sums in another order differ by next to nothing."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.double()
+        self.start = state(pl_module)
+        for network in (pl_module.backbone, *(teacher[0] for teacher in of(pl_module, Teacher).values())):
+            network.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+
+
+def state(method):
+    return {name: value.numpy(force=True).copy() for name, value in method.state_dict().items()}
+
+
+def trained(rank, folder, method, processes, data, images):
+    """The state before and after 2 epochs with so many images to a step, and what rank 0 logged."""
+    case = Case(method, method_kwargs=METHODS[method], backbone=ALONE)
+    config = case.experiment(
+        folder / str(processes), devices=processes, optimizer={"batch_size": images // processes}, max_epochs=2,
+        data={"size": None, "train_size": None, "classes": 10, **data}, knn={"enabled": True, "k": [5]},
+    )
+    double = InDouble()
+    result = pretrain(config, [double])
+    if rank:
+        return double.start, state(result.method), None
+    with next(result.run_dir.rglob("metrics.csv")).open() as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return double.start, state(result.method), rows
+
+
+def equal(folder, method, data, images, world=2):
+    start, one, said = trained(0, folder, method, 1, data, images)
+    for begin, two, heard in run_ranks(trained, folder, method, world, data, images, world=world):
+        for name, value in one.items():
+            assert np.array_equal(begin[name], start[name]) and not np.array_equal(value, start[name]), name
+            np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-11 * abs(value - start[name]).max(), err_msg=name)
+        if heard is not None:
+            assert [row.keys() for row in heard] == [row.keys() for row in said]
+            assert [row == pytest.approx(row_of_one, rel=1e-5) for row, row_of_one in zip(heard, said, strict=True)]
+    return said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_leave_the_weights_and_metrics_of_one(method, tmp_path):
+    """Of 70 digits each epoch leaves 16 out. Of 397 to validate with, one process has 199, in 23 batches, the last of 1 image,
+    and the other 198, in 22."""
+    said = equal(tmp_path, method, {"dataset": "digits", "train_size": 70}, 18)
+    assert len(said) == 8 and sum("val/knn@5" in row and "val/probe_acc1" in row for row in said) == 2
+
+
+def test_a_process_without_an_image_to_validate_with(tmp_path):
+    make_folder(tmp_path / "train", {"a": 9, "b": 9})
+    make_folder(tmp_path / "val", {"a": 1, "b": 1})
+    data = {"dataset": "image_folder", "train_path": str(tmp_path / "train"), "val_path": str(tmp_path / "val")}
+    equal(tmp_path, "simclr", data, 6, world=3)
