@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from solo import batching, certify
+from solo.data import module
 from solo.dist import rank
 from solo.errors import ConfigError
 from solo.methods import METHODS, NNCLR, SCE
@@ -23,10 +24,12 @@ from solo.testing.invariance import (
     ranks_accumulate,
     ranks_equal_one,
     ranks_normalise_alone,
+    ranks_share_uneven_images,
 )
 from tests.conftest import ROOT
 
 HERE = "tests.test_certify:"
+STEPS = (ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
 
 
 class SaysNone(NNCLR):
@@ -85,6 +88,15 @@ class Differs(NNCLR):
         return {**outputs, "loss": outputs["loss"] * (1 - 1e-6 * rank())}
 
 
+class Strays(NNCLR):
+    """Its second rank has keys of its own."""
+
+    def after_step(self, progress):
+        moved = super().after_step(progress)
+        self.queue.keys.mul_(1 + 1e-6 * rank())
+        return moved
+
+
 class Couples(SCE):
     """Its loss is a mean over the batch's images, but not over those of the other processes."""
 
@@ -136,7 +148,7 @@ def test_a_defect_of_the_large_batch_mode_is_found(place, name, defect, found, m
         large_batch_mode_equals_one(Case("nnclr" if place is batching else "sce"))
 
 
-@pytest.mark.parametrize("check", OVER_RANKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", STEPS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", ["Differs", "Couples"])
 def test_ranks_that_differ_are_found(check, name):
     with pytest.raises(AssertionError, match="on rank 0 of 2 differs"):
@@ -145,9 +157,21 @@ def test_ranks_that_differ_are_found(check, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("check", [ranks_equal_one, ranks_normalise_alone, ranks_accumulate], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", OVER_RANKS, ids=lambda check: check.__name__)
 def test_four_ranks(check, name):
     check(Case(name), world=4)
+
+
+@pytest.mark.parametrize("name, place, attribute, defect, found", [
+    ("Strays", None, "", None, "on rank 0 and on rank 1: queue.keys differ"),
+    ("simclr", module, "rank", lambda: 0, "step 1 took other images than one process takes"),
+    ("simclr", module.DataModule, "val_dataloader", lambda self: self.clean_loader(False, limit=390), "390 images .* 397"),
+], ids=["a queue of its own", "the same images twice", "not all validated"])
+def test_what_processes_do_not_share_is_found(name, place, attribute, defect, found, monkeypatch):
+    if place is not None:
+        monkeypatch.setattr(place, attribute, defect)
+    with pytest.raises(AssertionError, match=found):
+        ranks_share_uneven_images(Case(name if place else HERE + name))
 
 
 def test_the_groups_of_batch_norm_are_the_processes():

@@ -21,6 +21,7 @@ from solo.testing.advance import advances_once_per_step
 from solo.testing.case import Case
 from solo.testing.compare import Absent, Differs, Measured, double, of, require, within
 from solo.testing.ranks import run_ranks
+from solo.testing.uneven import ranks_share_uneven_images
 
 Values = dict[str, Tensor]
 _BOUND = 1e-8
@@ -121,8 +122,9 @@ INVARIANCE = (
     ranks_equal_one,
     ranks_normalise_alone,
     ranks_accumulate,
+    ranks_share_uneven_images,
 )
-OVER_RANKS = (ranks_equal_one, ranks_normalise_alone, ranks_accumulate)
+OVER_RANKS = (ranks_equal_one, ranks_normalise_alone, ranks_accumulate, ranks_share_uneven_images)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------------
