@@ -17,7 +17,6 @@ from solo.testing import Case
 from solo.testing.certificate import Row
 from solo.testing.compare import Absent, Measured
 from solo.testing.invariance import (
-    OVER_RANKS,
     declares_what_it_gathers,
     large_batch_mode_equals_one,
     micro_batches_equal_one,
@@ -157,7 +156,7 @@ def test_ranks_that_differ_are_found(check, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("check", OVER_RANKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", STEPS, ids=lambda check: check.__name__)
 def test_four_ranks(check, name):
     check(Case(name), world=4)
 
