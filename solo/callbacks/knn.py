@@ -79,7 +79,7 @@ class KNNCallback(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
             return
-        queries = Features(torch.cat(self._feats), torch.cat(self._labels)) if self._feats else None      # of no image
+        queries = Features(torch.cat(self._feats), torch.cat(self._labels)) if self._feats else None      # no image here
         self._feats, self._labels = [], []
         loader = trainer.datamodule.clean_loader(train=True, limit=self.config.max_train)  # type: ignore[attr-defined]
         with trainer.precision_plugin.forward_context():

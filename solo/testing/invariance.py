@@ -108,7 +108,7 @@ def large_batch_mode_equals_one(case: Case) -> Measured | Absent:
         where = f"of {size} images at a time{', BatchNorms in training,' if by else ''}"
         expected, found = (_step(model, [batch]) | {f"after the step, {name}": buffer for name, buffer in model.named_buffers()}
                            for model in (whole, parts))
-        if rows.most > size:
+        if not 0 < rows.most <= size:
             return Absent(f"the backbone takes {rows.most} images at once whatever micro_batch is: it does not pass self.each")
         measured = max(measured, within(expected, found, where, _BOUND))
     advances_once_per_step(case, micro_batch=4, view_batching="separate")
