@@ -9,8 +9,8 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
-import torch
 import pytorch_lightning as pl
+import torch
 
 from solo import checkpoint, start
 from solo.data.config import DataConfig

@@ -131,7 +131,7 @@ def refusing(number: int) -> Callable[..., None]:
     return refused
 
 
-@pytest.mark.parametrize(("source", "said"), [(Slow, "no batch .* within data.timeout=0.5 s$"), (Deadly, "a data worker ended")])
+@pytest.mark.parametrize(("source", "said"), [(Slow, "no batch .* within data.timeout=0.5 s$"), (Deadly, "worker ended")])
 def test_clean_images_are_waited_for_no_longer(source: type[FakeSource], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
     monkeypatch.setattr(loaders, "_CLEAN_WORKERS_FROM", 0)
