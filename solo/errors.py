@@ -95,7 +95,8 @@ def reported() -> Iterator[None]:
     A signal outside training gets its line too, and the exit code ``128 + signal``.
     """
     global command
-    process, command = os.getpid(), threading.Event()
+    process, outer = os.getpid(), command
+    command = over = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process and main_process():
@@ -114,5 +115,5 @@ def reported() -> Iterator[None]:
                 print(f"{error.kind}: {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         finally:
-            command.set()
-            command = None
+            over.set()
+            command = outer
