@@ -30,6 +30,7 @@ from solo.errors import reported
 from solo.experiment import experiment
 from solo.lease import owning
 from solo.run import pretrain
+from tests.conftest import ROOT
 from tests.data.common import make_folder
 from tests.tiny import values
 
@@ -187,11 +188,6 @@ def worker_gone(world):
     world.in_a_worker(lambda: os._exit(1), timeout=0.6)
 
 
-@fault("C13", 5, r"rank 0: a data worker ended .*; waiting for the batch that begins with \d+; out of memory")
-def worker_gone_as_if_well(world):
-    world.in_a_worker(lambda: os._exit(0), timeout=0.6)
-
-
 @fault("C14", 5, r"of shared memory, /dev/shm has 0 MiB free: lower data.num_workers")
 def shared_memory(world):
     world.patch.setattr(workers, "free_shared_memory", lambda: 1000)
@@ -279,3 +275,23 @@ def test_it_ends_with_its_code_and_line(name, saved, tmp_path, monkeypatch, capf
     assert left.value.code == code and "Traceback" not in written, written
     assert any(re.search(said, line) for line in lines), written
     assert len(lines) == 1 or name.startswith("A18"), written           # which has a line for each checkpoint
+
+
+CATALOGUE = {"A": 25, "B": 20, "C": 26, "D": 10, "E": 12, "F": 8}        # numbers of faults of each part
+
+
+def test_the_page_says_of_every_fault_how_it_ends_a_run_and_where_that_is_tested():
+    page = (ROOT / "docs" / "reliability.md").read_text().split("### How each fault ends a run (G11)")[1].split("\n### ")[0]
+    rows = {row[0]: row for row in re.findall(r"^\| ([A-F]\d+) \| (.+?) \| .* \| (.+?) \|$", page, re.MULTILINE)}
+    others = re.findall(r"\b[A-F]\d+\b", page.split("These do not end a run")[1])
+    every = [f"{part}{number + 1}" for part, count in CATALOGUE.items() for number in range(count)]
+    assert sorted([*rows, *others]) == sorted(every)
+    for number, code, tests in rows.values():
+        assert re.fullmatch(r"[2345](, [23])?|130|143|128 \+ n|the error's; 1", code), number
+        for file, _, function in re.findall(r"`([\w/]+\.py)(::(\w+))?`", tests):
+            source = (ROOT / "tests" / file).read_text()
+            assert not function or f"def {function}(" in source, f"{number}: no {function} in tests/{file}"
+    told = {name.split()[0]: str(code) for name, (_, code, _) in FAULTS.items()}
+    assert all(code in rows[number][1] and "test_fault_ends.py" in rows[number][2] for number, code in told.items())
+    here = {number for number, _, tests in rows.values() if "test_fault_ends.py" in tests}
+    assert here - {*told, "A12", "D6"} == set()         # which another one's line is
