@@ -1,6 +1,9 @@
 """Any timm model as a feature extractor, and the small-image stem of ResNets."""
 
+import inspect
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, cast
 
 import timm
@@ -8,6 +11,7 @@ import timm.models
 import torch
 from torch import nn
 
+from solo.config import unknown_key
 from solo.errors import ConfigError
 from solo.ranges import require
 from solo.registry import suggestion
@@ -47,6 +51,9 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
         ConfigError: timm refuses the keyword arguments, or the model gives no features.
     """
     kwargs = dict(config.kwargs)
+    for key in [key for key, value in kwargs.items() if value is None]:         # which timm leaves out unseen
+        if key not in _arguments(config.name):
+            raise ConfigError(unknown_key(key, "backbone.kwargs", _arguments(config.name)))
     is_resnet = timm.models.is_model_in_modules(config.name, ["resnet"])
     if is_resnet:
         kwargs.setdefault("zero_init_last", False)              # as the published recipes; timm's default is True
@@ -74,8 +81,18 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
 
 
 def _unsuitable(config: BackboneConfig, error: Exception) -> ConfigError:
+    named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if named and named[1] in config.kwargs:
+        return ConfigError(unknown_key(named[1], "backbone.kwargs", _arguments(config.name)))
     reason = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(f"backbone.kwargs do not suit {config.name}: {reason}")
+
+
+@cache
+def _arguments(name: str) -> list[str]:
+    """Of a timm model's class."""
+    with torch.device("meta"):
+        return sorted(set(inspect.signature(type(timm.create_model(name))).parameters) - {"num_classes", "in_chans", "kwargs"})
 
 
 def _width(config: BackboneConfig, model: nn.Module, in_chans: int, image_size: int) -> int:

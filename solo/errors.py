@@ -69,6 +69,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+# The command that this process is, for what may end it; set when it is over. None: a program that uses this library.
+command: threading.Event | None = None
+
 Handler = Callable[[int, FrameType | None], object]
 
 
@@ -91,7 +94,9 @@ def reported() -> Iterator[None]:
 
     A signal outside training gets its line too, and the exit code ``128 + signal``.
     """
-    process = os.getpid()
+    global command
+    process, outer = os.getpid(), command
+    command = over = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process and main_process():
@@ -109,3 +114,6 @@ def reported() -> Iterator[None]:
             for line in str(error).splitlines():
                 print(f"{error.kind}: {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
+        finally:
+            over.set()
+            command = outer

@@ -58,6 +58,8 @@ class WandbConfig:
     entity: str | None = None
     offline: bool = False
 
+SHORTEST = 8.0      # seconds of step_timeout, within twice which all processes have left
+
 
 @dataclass(kw_only=True)
 class Experiment:
@@ -69,7 +71,8 @@ class Experiment:
     ``micro_batch``: images that pass the backbone at a time; the gradient stays that of the whole batch.
     ``compile``: ``torch.compile`` of backbone and heads, which takes a minute before the first step.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
-    ``step_timeout``: seconds after which several processes give up on one that does not answer.
+    ``step_timeout``: seconds after which several processes give up on one that does not answer, at least 8; all have left
+    within twice that time.
     ``trainer`` holds what is passed to Lightning's Trainer under its own names. ``extra`` is for the user's own keys.
     """
 
@@ -106,8 +109,9 @@ class Experiment:
             problems.append(f"name may hold letters, digits, '_', and behind the first '.' and '-', got {self.name!r}")
         if not 0 <= self.seed < 2**32:
             problems.append(f"seed must lie in [0, 2**32), got {self.seed}")
-        if self.step_timeout <= 0:
-            problems.append(f"step_timeout must be positive, got {self.step_timeout:g}")
+        if self.step_timeout < SHORTEST:
+            problems.append(f"step_timeout must be at least {SHORTEST:g} s, got {self.step_timeout:g}: behind it, those that "
+                            "wait need up to 6 s to tell who is missing")
         if sum(view.num_crops for view in self.augmentations) < 1:
             problems.append("augmentations must list at least one view")
         if len(set(self.loggers)) < len(self.loggers):

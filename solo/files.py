@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import socket
 import stat
 import tempfile
@@ -79,9 +80,10 @@ def own_folder(folder: Path) -> None:
             mode lets its group or all write, where the sticky bit does not help.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owners = {folder.lstat().st_uid, folder.stat().st_uid}
-    if owners - {0, os.getuid()} or folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others may write to {folder}")
+    if {folder.lstat().st_uid, folder.stat().st_uid} - {0, os.getuid()}:
+        raise PermissionError(f"others may write to {folder}: it is another user's; use a folder of your own")
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write to {folder}: chmod go-w {shlex.quote(str(folder))}")
 
 
 def try_folder(folder: Path) -> None:

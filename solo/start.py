@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -174,8 +175,12 @@ def _near(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) ->
 
 
 def _processor() -> str:
-    """What numbers are drawn on: each kind has instructions of its own, which round otherwise."""
-    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    """What numbers are drawn on: its instructions round otherwise than another's, and so may what a library does with them."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):             # Linux; not every processor there has a name
+        named = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = named[1] if named else model
+    return f"{model} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _code() -> str:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from solo import checkpoint, start
 from solo.data.config import DataConfig
@@ -184,6 +185,24 @@ def test_ranks_begin_with_the_same_weights_but_for_the_rounding_of_their_process
         assert first.startswith(REFUSED) and second == "SystemExit 0"
     else:
         assert first == second == line
+
+
+@pytest.mark.parametrize(("cpuinfo", "kind"), [
+    ("processor: 0\nmodel name\t: AMD EPYC 7B13\nmodel name\t: AMD EPYC 7B13\n", "AMD EPYC 7B13"),
+    ("model name\t: Intel(R) Xeon(R) CPU\n", "Intel(R) Xeon(R) CPU"),
+    ("CPU implementer: 0x41\n", "aarch64"),
+    (None, "aarch64"),
+], ids=["AMD", "Intel", "without a name", "no Linux"])
+def test_processors_of_different_makers_are_of_different_kinds(monkeypatch, cpuinfo, kind):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError
+        return cpuinfo
+
+    monkeypatch.setattr(start.Path, "read_text", read_text)
+    monkeypatch.setattr(start.platform, "processor", lambda: "")
+    monkeypatch.setattr(start.platform, "machine", lambda: "aarch64")
+    assert start._processor() == f"{kind} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def held_alike(rank, change, code):

@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from solo import config
+from solo import backbones, config
 from solo.config import bind
 from solo.data.config import DataConfig
 from solo.errors import ConfigError
@@ -14,7 +14,9 @@ from solo.eval.offline import KNNEvaluation
 from solo.eval.protocol import _bound
 from solo.eval.umap import UMAPEvaluation
 from solo.experiment import TRAINER_ARGUMENTS, experiment
+from solo.methods import METHODS
 from solo.names import nearest, one_slip
+from solo.representations import REPRESENTATIONS
 from tests.conftest import ROOT
 
 EVALUATIONS = {"knn": KNNEvaluation, "umap": UMAPEvaluation}
@@ -22,7 +24,7 @@ CONFIGS = [path for path in sorted((ROOT / "scripts").rglob("*.yaml")) if path.p
 
 
 def judge(file, values):
-    """What the file's own command does with its values first; ``bench`` files are parts of a pretraining."""
+    """What the file's own command does with its values before any work; ``bench`` files are parts of a pretraining."""
     if file.parent.name == "linear":
         data = values.get("data", {})
         _bound({"checkpoint": "x", **values}, TRAINER_ARGUMENTS)
@@ -30,7 +32,7 @@ def judge(file, values):
     elif schema := EVALUATIONS.get(file.parent.name):
         bind(schema, {"checkpoint": "x", **values})
     else:
-        experiment({"method": "nnclr", **values})
+        backbones.build(experiment({"method": "nnclr", **values}).backbone)         # timm knows the keys of its kwargs
 
 
 def slips(word, letters):
@@ -88,9 +90,6 @@ def judged(letters):
     for file in CONFIGS:
         values = config.load(file, ["data.train_path=somewhere"] * (file.parts[-3] == "pretrain"))
         for path in blocks(values):
-            # timm judges backbone.kwargs when it builds; representations are names of a registry
-            if path in (("backbone", "kwargs"), ("method_kwargs", "representations")):
-                continue
             keys, command = set(inside(values, path)), file.relative_to(ROOT / "scripts").parts[0]
             places = {(command, words((*path, key))): key for key in keys}          # each command has a schema of its own
             wanted = {key: sorted({*slips(key, letters)} - keys) for place, key in places.items() if place not in seen}
@@ -114,6 +113,29 @@ def test_every_slip(letters):
     right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
     print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
     assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize("value", [1, None], ids=["a value", "null"])
+@pytest.mark.parametrize("name, typed, meant", [
+    ("resnet18", "chanels", "channels"), ("vit_tiny_patch16_224", "img_sise", "img_size"),
+    ("efficientnet_b0", "drop_rat", "drop_rate"), ("resnet18", "qqqq", None),
+])
+def test_a_slip_in_what_a_timm_model_is_given(name, typed, meant, value):
+    with pytest.raises(ConfigError) as found:
+        backbones.build(backbones.BackboneConfig(name=name, kwargs={typed: value}))
+    end = f": did you mean backbone.kwargs.{meant}?" if meant else " (known: "
+    assert str(found.value).startswith(f"unknown key backbone.kwargs.{typed}{end}") and "\n" not in str(found.value)
+
+
+def test_what_a_timm_builder_knows_beside_the_model_is_taken():
+    backbones.build(backbones.BackboneConfig(name="mobilenetv3_small_050", kwargs={"bn_eps": 1e-3, "drop_rate": None}))
+
+
+@pytest.mark.parametrize("meant", list(REPRESENTATIONS))
+def test_a_slip_in_the_name_of_a_representation(meant):
+    for typed in sorted({*slips(meant, "e")} - {*REPRESENTATIONS, ""}):
+        with pytest.raises(ConfigError, match=f"^method_kwargs.representations: no '{typed}' in .*, did you mean '{meant}'?"):
+            bind(METHODS["mvmr"].Config, {"representations": {typed: 1.0}}, "method_kwargs")
 
 
 @pytest.mark.parametrize("typed, meant, is_one", [

@@ -30,7 +30,7 @@ from solo.data.engines import Job, Payload, Slot
 from solo.data.engines.workers import Workers, worker_count
 from solo.data.loaders import Order, Position
 from solo.data.module import DataModule
-from solo.errors import ConfigError
+from solo.errors import ConfigError, EnvironmentFault
 from solo.experiment import Experiment, experiment
 from solo.run import build, pretrain
 
@@ -169,12 +169,17 @@ def computing(events: Sequence[dict[str, Any]]) -> float:
 
     Args:
         events: as ``torch.profiler`` writes them to a file, in microseconds; a CPU's operations count where no kernel ran.
+
+    Raises:
+        EnvironmentFault: none has been recorded.
     """
     spans: dict[str, list[tuple[float, float]]] = {"kernel": [], "cpu_op": []}
     for event in events:
         if (kind := event.get("cat")) in spans:
             spans[kind].append((event["ts"], event["ts"] + event["dur"]))
     computed = sorted(spans["kernel"] or spans["cpu_op"])
+    if not computed:
+        raise EnvironmentFault("torch.profiler has recorded no operation: another profiler may hold the GPU's counters")
     busy, end = 0.0, computed[0][0]
     for begins, ends in computed:
         busy += max(0.0, ends - max(begins, end))

@@ -50,6 +50,7 @@ class Tally:
     runs: int = 0
     steps: int = 0
     looks: int = 0
+    watched: float = 0.0        # seconds over which the looks spread
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -59,7 +60,8 @@ class Tally:
     def __str__(self) -> str:
         return (
             f"{self.kills} kills, {self.in_write} of them inside a write; {self.runs} runs, {self.steps} steps, "
-            f"{self.looks} looks, {self.seconds:.0f} s: {self.count('unreadable')} unreadable files, "
+            f"{self.looks} looks ({self.looks / max(self.watched, 1e-9):.0f} a second), {self.seconds:.0f} s: "
+            f"{self.count('unreadable')} unreadable files, "
             f"{self.count('different')} other losses or states, {self.count('order')} steps out of order, "
             f"{self.count('too few')} times fewer than two valid checkpoints, {self.count('refused')} refused to continue, "
             f"{self.count('hang')} ranks that stayed, "
@@ -94,12 +96,13 @@ def campaign(
             victims = generator.choice([(), *([rank] for rank in range(ranks))]) if ranks > 1 else ()
             more = tally.kills + run.kills < kills and time.monotonic() < began + limit
             finished = run.life(instant if more else None, victims=victims)
-        looks, wrong = observer.end()
+        looks, watched, wrong = observer.end()
         tally.runs += 1
         tally.kills += run.kills
         tally.in_write += run.in_write
         tally.steps += run.steps
         tally.looks += looks
+        tally.watched += watched
         tally.problems += [*run.problems, *wrong]
         tally.seconds = time.monotonic() - began
         shutil.rmtree(folder / "run")

@@ -9,7 +9,7 @@ from typing import NoReturn
 from solo import checkpoint, files
 from solo.bench.leftovers import entries
 
-PERIOD = 0.001      # seconds between two looks
+PERIOD = 0.001      # seconds from one look to the next
 
 
 class Observer:
@@ -32,19 +32,20 @@ class Observer:
             try:
                 found = Watch(folder).until(self.board)
             except Exception as error:
-                found = f"0\nobserver: {type(error).__name__}: {' '.join(str(error).split())}"
+                found = f"0 0\nobserver: {type(error).__name__}: {' '.join(str(error).split())}"
             self.findings.write_text(found)
         finally:
             os._exit(0)
 
-    def end(self) -> tuple[int, list[str]]:
-        """Number of looks, and what was wrong, a line each."""
+    def end(self) -> tuple[int, float, list[str]]:
+        """Number of looks, the seconds over which they spread, and what was wrong, a line each."""
         self.board[0] = 1
         os.waitpid(self.process, 0)
         if not self.findings.exists():
-            return 0, ["observer: ended before the run"]
-        looks, *wrong = self.findings.read_text().splitlines()
-        return int(looks), wrong
+            return 0, 0.0, ["observer: ended before the run"]
+        counted, *wrong = self.findings.read_text().splitlines()
+        looks, seconds = counted.split()
+        return int(looks), float(seconds), wrong
 
 
 class Watch:
@@ -55,16 +56,18 @@ class Watch:
         self.digests: dict[tuple[int, ...], str] = {}
         self.named: dict[tuple[int, ...], dict[str, str]] = {}
         self.looks = self.seen = 0
+        self.first = self.last = 0.0                # when it looked at a manifest
 
     def until(self, board: mmap.mmap) -> str:
         wrong: dict[str, None] = {}                 # each once, in the order found
-        ended = False
+        ended, due = False, time.monotonic()
         while not ended:
             ended = bool(board[0])                  # a last look comes behind the end
             if finding := self._look():
                 wrong[finding] = None
-            time.sleep(PERIOD)
-        return "\n".join([str(self.looks), *wrong])
+            due = max(due + PERIOD, now := time.monotonic())      # what a look takes counts, and none follows to catch up
+            time.sleep(due - now)
+        return "\n".join([f"{self.looks} {self.last - self.first:.3f}", *wrong])
 
     def _look(self) -> str | None:
         """What is wrong now."""
@@ -79,6 +82,8 @@ class Watch:
             return "manifest: gone" if self.named else None
         except (ValueError, LookupError, TypeError) as error:
             return f"manifest: {type(error).__name__}: {' '.join(str(error).split())}"
+        self.last = time.monotonic()
+        self.first = self.first or self.last
         self.looks, self.seen = self.looks + 1, max(self.seen, valid)
         return f"too few: of {sorted(self.named[now])}, {valid} valid" if valid < min(self.seen, 2) else None
 

@@ -50,7 +50,7 @@ def decoded(source: Source, shape: tuple[int, ...], folder: Path | None = None) 
         lock = FileLock(folder / f"{fingerprint}.lock")
         lock.acquire()
     except (OSError, RuntimeError) as error:  # no home, no folder, no locks on this file system
-        log.warning("decoded images are not kept: %s", error)
+        log.warning("decoded images are not kept: %s; data.cache_dir=FOLDER keeps them elsewhere", error)
         return decode_all(source, shape)
     try:
         kept = _open(folder / fingerprint, (len(source), *shape))

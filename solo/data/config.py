@@ -31,7 +31,7 @@ class DataConfig:
         classes: number of classes of ``fake``.
         accept_changed: continue a run although its training images have other names, labels or sizes than before.
         max_bad_fraction: a larger share of unreadable images stops the run.
-        timeout: seconds a worker may take for one batch before the run stops.
+        timeout: seconds a worker may take for one batch, or the main process to read one file, before the run stops.
     """
 
     dataset: str = "digits"

@@ -12,6 +12,7 @@ import torch
 import torchvision.io  # loads the operators
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from solo.data.reads import noted
 from solo.errors import EnvironmentFault
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def retried(read: Callable[[], T], path: Path) -> T:
     """
     for wait in (*_WAITS, None):
         try:
-            return read()
+            return noted(read, path)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error

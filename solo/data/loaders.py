@@ -13,7 +13,7 @@ from solo.data.bad import BadImages
 from solo.data.decoding import BadImage
 from solo.data.engines import Engine, Payload, Slot
 from solo.data.engines.torchvision import clean, normalise
-from solo.data.engines.workers import same, worker_count
+from solo.data.engines.workers import explained, same, try_queues, worker_count
 from solo.data.random import order
 from solo.data.sources import ArraySource, Source
 
@@ -147,14 +147,16 @@ class CleanLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         slots = [Slot(0, self._part[i : i + self._batch_size]) for i in range(0, len(self._part), self._batch_size)]
-        for payload in self._payloads(slots):
-            self._bad.add(payload.failed)
-            if len(payload.batch.index):
-                yield payload.batch
+        with explained(self._timeout, lambda: None):
+            for payload in self._payloads(slots):
+                self._bad.add(payload.failed)
+                if len(payload.batch.index):
+                    yield payload.batch
 
     def _payloads(self, slots: Sequence[Slot]) -> Iterator[Payload]:
         if not self._workers:
             return (self._maker[slot] for slot in slots)
+        try_queues(self._workers)
         loader = DataLoader(
             self._maker,
             sampler=slots,

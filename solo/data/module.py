@@ -23,6 +23,7 @@ from solo.data.engines.fast import MAX_SIZE
 from solo.data.engines.torchvision import apply, clean
 from solo.data.loaders import CleanLoader, Order, Position, TrainLoader
 from solo.data.random import Draws
+from solo.data.reads import watch
 from solo.data.sources import ArraySource, Source, listing
 from solo.data.subsets import Subset, in_memory, probe, stratified
 from solo.data.views import View, expand, sample
@@ -55,6 +56,7 @@ class DataModule(pl.LightningDataModule):
         self, config: DataConfig, views: Sequence[View], batch_size: int, seed: int, labelled: bool = False
     ) -> None:
         super().__init__()
+        watch(config.timeout)
         self.config, self.batch_size, self.seed = config, batch_size, seed
         self.views = expand(views)
         require(choose(config), self.views)

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from solo.console import say, warn
-from solo.data.decoding import BadImage, decode, read_file
+from solo.data.decoding import BadImage, decode, read_file, retried
 from solo.data.random import integers
 from solo.errors import ConfigError
 
@@ -83,9 +83,9 @@ def spread(items: list[T]) -> list[T]:
 
 
 def _size(path: Path) -> int:
-    """Bytes, or -1 where nobody can tell."""
+    """Bytes; -1 of what is gone or cannot be reached: a bad image, which is replaced, not an end of the run."""
     try:
-        return path.stat().st_size
+        return retried(path.stat, path).st_size
     except OSError:
         return -1
 

@@ -104,7 +104,10 @@ def test_a_cache_that_others_may_write_is_not_used(
     folder.mkdir()
     folder.chmod(mode)
     assert cache.decoded(source, SHAPE, folder) is not None
-    assert not list(folder.iterdir()) and "others may write" in caplog.text
+    assert not list(folder.iterdir())
+    assert f"others may write to {folder}: chmod go-w {folder}; data.cache_dir=FOLDER keeps" in caplog.text
+    folder.chmod(mode & ~0o022)
+    assert cache.decoded(source, SHAPE, folder) is not None and list(folder.iterdir())
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["the folder", "a link of its name"])
@@ -121,7 +124,8 @@ def test_a_cache_of_another_user_is_not_used_by_root_either(
     else:
         monkeypatch.setattr(os, "getuid", lambda: 0)
     assert cache.decoded(source, SHAPE, folder) is not None
-    assert not list(folder.iterdir()) and "others may write" in caplog.text
+    assert not list(folder.iterdir())
+    assert f"others may write to {folder}: it is another user's; use a folder of your own" in caplog.text
 
 
 def test_a_cache_may_lie_behind_a_link_of_ones_own(source: Named, tmp_path: Path) -> None:

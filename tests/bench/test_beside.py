@@ -12,7 +12,7 @@ from PIL import Image
 from solo.bench import beside, step
 from solo.bench.baselines import step as published
 from solo.bench.beside import Turns, computing
-from solo.errors import ConfigError
+from solo.errors import ConfigError, EnvironmentFault
 from tests.conftest import ROOT
 from tests.test_learn import TINY, npz
 
@@ -31,6 +31,12 @@ def event(begins, ends, kind="kernel"):
 ], ids=["one", "a gap", "streams", "copies and names", "the CPU's", "only a CPU"])
 def test_the_device_is_busy_while_a_kernel_runs(events, share):
     assert computing(events) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("events", [[], [{"ph": "M", "ts": 0}, event(0, 3, "cuda_runtime")]], ids=["empty", "only names"])
+def test_a_trace_without_operations_is_said(events):
+    with pytest.raises(EnvironmentFault, match="^torch.profiler has recorded no operation"):
+        computing(events)
 
 
 def test_each_of_the_others_has_its_turn_and_then_none(monkeypatch):

@@ -4,10 +4,12 @@ import json
 import mmap
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from solo import checkpoint, files
+from solo.bench import observer
 from solo.bench.observer import Observer, Watch
 
 NEWEST = "step-000000002.ckpt"
@@ -40,25 +42,42 @@ def folder(tmp_path):
 def test_it_finds(folder, change, finding):
     watch, over = Watch(folder), mmap.mmap(-1, 1)
     over[0] = 1                                         # one look
-    assert watch.until(over) == "1"
+    assert watch.until(over).split()[0] == "1"
     change(folder)
     _, *found = watch.until(over).splitlines()
     assert len(found) == bool(finding) and all(line.startswith(finding) for line in found)
 
 
+@pytest.mark.parametrize(("takes", "looks"), [(0.0, 1001), (0.0004, 1001), (0.002, 501)], ids=["no time", "less", "more"])
+def test_it_looks_a_thousand_times_a_second_whatever_a_look_takes(folder, monkeypatch, takes, looks):
+    """By a clock that sleep moves: one second, and looks that take no longer than a thousandth of it, or twice that."""
+    clock, over, look = [100.0], mmap.mmap(-1, 1), Watch._look
+
+    def slow(watch):
+        clock[0] += takes
+        over[0] = clock[0] - 100.0 > 1.0 - observer.PERIOD / 2
+        return look(watch)
+
+    time = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(observer, "time", time)
+    monkeypatch.setattr(Watch, "_look", slow)
+    counted, seconds = Watch(folder).until(over).split()
+    assert abs(int(counted) - looks) <= 1 and float(seconds) == pytest.approx(1.0, abs=0.005)
+
+
 def test_before_a_manifest_there_is_nothing_to_miss(tmp_path):
-    observer = Observer(tmp_path, tmp_path / "findings")
-    assert observer.end() == (0, [])
+    watcher = Observer(tmp_path, tmp_path / "findings")
+    assert watcher.end() == (0, 0.0, [])
 
 
 def test_what_another_run_left_is_not_its_own(folder, tmp_path, monkeypatch):
     (tmp_path / "findings").write_text("1000")
     monkeypatch.setattr(Watch, "until", lambda self, board: 1 / 0)
     reason = "observer: ZeroDivisionError: division by zero"
-    assert Observer(folder, tmp_path / "findings").end() == (0, [reason])
+    assert Observer(folder, tmp_path / "findings").end() == (0, 0.0, [reason])
 
 
 def test_an_observer_that_is_killed_is_no_observer(folder, tmp_path):
-    observer = Observer(folder, tmp_path / "findings")
-    os.kill(observer.process, signal.SIGKILL)
-    assert observer.end() == (0, ["observer: ended before the run"])
+    watcher = Observer(folder, tmp_path / "findings")
+    os.kill(watcher.process, signal.SIGKILL)
+    assert watcher.end() == (0, 0.0, ["observer: ended before the run"])

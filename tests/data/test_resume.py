@@ -1,5 +1,7 @@
 """A run continued from any of its checkpoints sees exactly the images the uninterrupted run saw."""
 
+import errno
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,3 +240,22 @@ def test_every_source_lists_its_images(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     kinds = [(labels, ["x", "y"]), (labels + 1, ["x", "y"]), (labels, ["x", "z"])]
     assert len({listing(ArraySource(images, *kind)) for kind in kinds}) == 3
+
+
+@pytest.mark.parametrize("times, whole", [(2, True), (9, False)])
+def test_a_passing_error_is_no_change_of_an_image_and_a_lasting_one_ends_nothing(
+    times: int, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be reached counts as a bad image does, so a rank or a run that reaches it again lists others."""
+    make_folder(tmp_path, {"a": 2, "b": 2})
+    source = FolderSource(tmp_path, 3, "data.train_path")
+    before, errors, stat = listing(source), iter([OSError(errno.ESTALE, "Stale file handle")] * times), Path.stat
+
+    def stale(path: Path, **options: bool) -> os.stat_result:
+        if path.suffix == ".png" and (error := next(errors, None)):
+            raise error
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    monkeypatch.setattr("solo.data.decoding.time.sleep", lambda seconds: None)
+    assert (listing(source) == before) is whole

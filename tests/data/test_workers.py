@@ -1,11 +1,13 @@
 """Worker processes that hang, die, or lack memory or files: one line that says which, and no waiting."""
 
 import errno
+import gc
 import os
 import resource
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import resource_sharer
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from solo.data import loaders
 from solo.data.engines import workers
 from solo.data.random import order
 from solo.data.sources import FakeSource
@@ -100,6 +103,41 @@ def test_too_many_open_files_is_said_in_one_line(where: str, monkeypatch: pytest
     with pytest.raises(EnvironmentFault, match="^rank 0: too many open files: raise the limit, ulimit -n, or lower data.num_w"):
         next(iter(data.train_dataloader()))
     data.teardown("fit")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EAGAIN], ids=["semaphores", "a process"])
+@pytest.mark.parametrize("kind", ["training", "clean"])
+def test_a_worker_that_cannot_be_started_is_said_in_one_line(
+    number: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = module(8, dataset="fake", engine="torchvision", num_workers=2, timeout=5)
+    where = "multiprocessing.synchronize.SemLock.__init__" if number == errno.ENOSPC else "multiprocessing.Process.start"
+    monkeypatch.setattr(loaders, "_CLEAN_WORKERS_FROM", 0)
+    loader = data.train_dataloader() if kind == "training" else data.clean_loader(train=True)
+    monkeypatch.setattr(where, refusing(number))
+    with pytest.raises(EnvironmentFault, match=r"^rank 0: a data worker cannot be started \(.* MiB free\)\): lower data.num_w"):
+        next(iter(loader))
+    monkeypatch.undo()
+    data.teardown("fit")
+    del loader, data
+    gc.collect()                                    # what torch has left half made says nothing when it goes
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def refused(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.parametrize(("source", "said"), [(Slow, "no batch .* within data.timeout=0.5 s$"), (Deadly, "worker ended")])
+def test_clean_images_are_waited_for_no_longer(source: type[FakeSource], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    monkeypatch.setattr(loaders, "_CLEAN_WORKERS_FROM", 0)
+    data._train = source(64, 32, 10, 3, seed=0)
+    with pytest.raises(EnvironmentFault, match=said):
+        next(iter(data.clean_loader(train=True)))
 
 
 def no_descriptor(tensor: torch.Tensor) -> None:

@@ -1,9 +1,11 @@
 """Worker processes that make whole batches: what the engines with workers share, and what happens when one fails."""
 
+import errno
 import os
 import shutil
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +23,7 @@ from solo.errors import EnvironmentFault, SoloError
 _SHARED = Path("/dev/shm")  # where Linux workers put their batches
 _NO_FILES = ("Too many open files", "ancdata")  # what the system, torch and sockets say where descriptors run out
 _NO_ROOM = ("No space left", "File too large", "unable to allocate", "unable to resize", "unable to write")
+_NOT_STARTED = {errno.ENOSPC, errno.ENOMEM, errno.EAGAIN}  # no room for a queue's semaphores, or for another process
 _PREFETCH = 2  # batches that each worker makes ahead
 
 
@@ -52,16 +55,11 @@ class Workers:
         self._asked.clear()
         if self._loader is None:
             self._loader = self._start(len(first.samples))
-        try:
+        with explained(self._job.config.timeout, self._awaited):
+            try_queues(self._loader.num_workers)
             for payload in self._loader:
                 self._asked.popleft()
                 yield payload
-        except SoloError as error:
-            raise type(error)(_own_words(error)) from error
-        except (RuntimeError, OSError) as error:
-            if (fault := self._trouble(error)) is None:
-                raise
-            raise EnvironmentFault(fault) from error
 
     def close(self) -> None:
         """End the workers."""
@@ -101,23 +99,60 @@ class Workers:
         channels = self._job.in_chans
         return sum(images * channels * view.crop_size**2 * self._view_bytes for view in self._job.views)
 
-    def _trouble(self, error: Exception) -> str | None:
-        """What to tell the user, or ``None`` if this is no failure of the workers."""
-        message = str(error)
-        if any(sign in message for sign in _NO_FILES):
-            return f"rank {rank()}: too many open files: raise the limit, ulimit -n, or lower data.num_workers"
-        if not message.startswith("DataLoader"):
-            return None
-        waiting = f"; waiting for the batch that begins with {self._first_name()}" if self._asked else ""
-        if "timed out" in message:
-            return f"rank {rank()}: no batch from a data worker within data.timeout={self._job.config.timeout:g} s{waiting}"
-        free = free_shared_memory()
-        room = "" if free is None else f" ({_SHARED} has {_mib(free)} free)"
-        advice = f"out of memory or shared memory{room}? Lower data.num_workers"
-        return f"rank {rank()}: a data worker ended ({message.splitlines()[0]}){waiting}; {advice}"
+    def _awaited(self) -> str | None:
+        return self._job.source.name(int(self._asked[0].samples[0])) if self._asked else None
 
-    def _first_name(self) -> str:
-        return self._job.source.name(int(self._asked[0].samples[0]))
+
+@contextmanager
+def explained(timeout: float, awaited: Callable[[], str | None]) -> Iterator[None]:
+    """Around what comes from a DataLoader with workers.
+
+    Args:
+        timeout: the loader's own.
+        awaited: the name of the first image of the batch that comes next, where it is known.
+
+    Raises:
+        EnvironmentFault: a worker died or hung, or one could not be started or send its batch for want of memory or files.
+    """
+    try:
+        yield
+    except SoloError as error:
+        raise type(error)(_own_words(error)) from error
+    except (RuntimeError, OSError) as error:
+        if (fault := _trouble(error, timeout, awaited)) is None:
+            raise
+        raise EnvironmentFault(f"rank {rank()}: {fault}") from error
+
+
+def try_queues(workers: int) -> None:
+    """See whether there is room for the semaphores of so many workers: torch's iterator, half made, would show a traceback.
+
+    Raises:
+        OSError: there is not.
+    """
+    if workers:
+        _ = [torch.multiprocessing.Queue() for _ in range(workers + 3)]  # all at once: one each, one for results, an event's
+
+
+def _trouble(error: Exception, timeout: float, awaited: Callable[[], str | None]) -> str | None:
+    """What to tell the user, or ``None`` if this is no failure of the workers."""
+    message = str(error)
+    if any(sign in message for sign in _NO_FILES):
+        return "too many open files: raise the limit, ulimit -n, or lower data.num_workers"
+    if isinstance(error, OSError) and error.errno in _NOT_STARTED:
+        return f"a data worker cannot be started ({error.strerror}{_room()}): lower data.num_workers"
+    if not message.startswith("DataLoader"):
+        return None
+    waiting = f"; waiting for the batch that begins with {name}" if (name := awaited()) else ""
+    if "timed out" in message:
+        return f"no batch from a data worker within data.timeout={timeout:g} s{waiting}"
+    advice = f"out of memory or shared memory{_room()}? Lower data.num_workers"
+    return f"a data worker ended ({message.splitlines()[0]}){waiting}; {advice}"
+
+
+def _room() -> str:
+    free = free_shared_memory()
+    return "" if free is None else f" ({_SHARED} has {_mib(free)} free)"
 
 
 class _Plan:
