@@ -109,11 +109,9 @@ def _crop(
     for y in range(size):
         for i in range(U(0), pitch, CACHE_LINE):
             fetch(out, y * pitch + i)
-        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, y * pitch, pitch)  # [S, C, S]
-    for c in range(channels):
-        plane = x[c]
-        for y in range(size):
-            source, target = y * pitch + c * size, y * size
+        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, U(0), pitch)  # [C, S]
+        for c in range(channels):
+            plane, source, target = x[c], c * size, y * size
             for i in range(size):
                 plane[target + i] = min(max(turned[source + i], ZERO), ONE)
 
@@ -322,7 +320,7 @@ def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
     height, width, size = view.height, view.width, view.size
     return (
         np.zeros((width + taps) * channels * height, f32),
-        np.zeros(size * channels * max(height, size), f32),
+        np.zeros(size * channels * height, f32),
         np.zeros((height + taps) * channels * size, f32),
         np.zeros((channels, size * size), f32),
     )

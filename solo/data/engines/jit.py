@@ -15,8 +15,7 @@ fast = njit(fastmath=True, **_OPTIONS)
 inlined = njit(fastmath=True, forceinline=True, **_OPTIONS)
 
 
-@intrinsic
-def fetch(_: Any, array: Any, place: Any) -> Any:
+def _fetch(_: Any, array: Any, place: Any) -> Any:
     """Let the cache line of entry ``place`` of a flat array, soon to be written, come from memory while work goes on."""
 
     def code(target: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -28,6 +27,9 @@ def fetch(_: Any, array: Any, place: Any) -> Any:
         return target.get_dummy_value()
 
     return types.void(array, place), code
+
+
+fetch: Any = intrinsic(_fetch)
 
 
 def kept(function: Callable[..., Any]) -> Any:
