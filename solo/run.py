@@ -41,6 +41,7 @@ from solo.files import write_file
 from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
+from solo.profiler import NoProfiler
 from solo.start import alike, begin
 from solo.strategy import Launcher, Strategy, meet
 from solo.tuning import tuned
@@ -225,6 +226,7 @@ def _trainer(
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 50,
         "enable_model_summary": False,
+        "profiler": NoProfiler(),
         **given,
     }
     if global_batch > config.optimizer.batch_size and arguments.get("strategy", "auto") in ("auto", "ddp"):

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "compat": BASE,
     "launch": {"errors", "registry"},
     "torchrun": set(),
+    "profiler": set(),
 }
 TOP = {"__init__", "bench", "certify", "continuing", "experiment", "loggers", "run", "start", "testing", "tuning"}
 # Third-party roots that have one home.
@@ -46,6 +47,7 @@ HOMES = {
     "triton": "kernels/",
     "submitit": "launch.py",
     "numba": ("data/", "kernels/", "bench/"),
+    "llvmlite": "data/engines/jit.py",
     "h5py": "data/hdf5_content.py",
     "simplejpeg": "data/decoding.py",
     "kornia": "bench/peers/",

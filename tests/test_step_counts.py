@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.profilers import SimpleProfiler
 
 from solo import dist, optim
 from solo.backbones import BackboneConfig, build
@@ -21,6 +22,7 @@ from solo.devices import settle
 from solo.dist import Later, gather, gather_packed, rank
 from solo.methods import METHODS
 from solo.nn import Momentum, Queue, Teacher
+from solo.profiler import NoProfiler
 from solo.run import _trainer
 from solo.testing.case import Case
 from solo.testing.ranks import run_ranks
@@ -94,15 +96,26 @@ class Steps(pl.Callback):
         return [b - a for a, b in zip(self.seen[first], self.seen[last], strict=True)]
 
 
-def fit(case, folder, counters, **changes):
-    """A run with all its callbacks; the last of several epochs may follow the process group of the test."""
+def run(case, folder, callbacks, **changes):
+    """The trainer of a run, the method and the images."""
     config = case.experiment(folder, **changes)
     arguments, processes = settle(config.trainer)
     method = case.build()
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    return _trainer(config, arguments, folder, data, method, config.optimizer.batch_size * processes, callbacks), method, data
+
+
+def fit(case, folder, counters, **changes):
+    """A run with all its callbacks; the last of several epochs may follow the process group of the test."""
     steps = Steps(*counters)
-    _trainer(config, arguments, folder, data, method, config.optimizer.batch_size * processes, [steps]).fit(method, data)
+    trainer, method, data = run(case, folder, [steps], **changes)
+    trainer.fit(method, data)
     return steps
+
+
+def test_hooks_are_profiled_only_where_that_is_asked_for(tmp_path):
+    for asked, kind in ({}, NoProfiler), ({"profiler": "simple"}, SimpleProfiler):
+        assert type(run(Case("nnclr"), tmp_path, [], **asked)[0].profiler) is kind
 
 
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
@@ -231,11 +244,8 @@ class Memory(pl.Callback):
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory from /proc")
 def test_nothing_grows_over_two_thousand_steps(tmp_path):
     memory = Memory()
-    config = Case("nnclr").experiment(
-        tmp_path, max_epochs=6, data={"train_size": 4000}, limit_val_batches=0, log_every_n_steps=50, loggers=[],
-    )
-    method = Case("nnclr").build()
-    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
-    _trainer(config, settle(config.trainer)[0], tmp_path, data, method, 8, [memory]).fit(method, data)
+    sizes = {"max_epochs": 6, "data": {"train_size": 4000}, "limit_val_batches": 0, "log_every_n_steps": 50}
+    trainer, method, data = run(Case("nnclr"), tmp_path, [memory], loggers=[], **sizes)
+    trainer.fit(method, data)
     assert len(memory.tensors) == 6 and memory.tensors[1] == memory.tensors[-1], memory.tensors
     assert memory.resident[-1] - memory.resident[1] < 1024, memory.resident      # the first thousand settle the allocator

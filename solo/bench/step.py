@@ -33,6 +33,7 @@ from solo.callbacks.metrics import MetricsLogger
 from solo.compiling import compile_networks
 from solo.errors import ConfigError, EnvironmentFault, NumericsError, Parser
 from solo.kernels.nearest import multiplies_bfloat16
+from solo.profiler import NoProfiler
 
 METHODS_MEASURED = ("nnclr", "all4one")
 _PEER = "as published"
@@ -208,7 +209,7 @@ class _Collected(LoggedAtOnce):
         return {"loss": loss, **{f"metric{i}": loss.detach() for i in range(self.metrics - 1)}}
 
 
-def _fitted(kind: type[LoggedAtOnce], callbacks: list[Callable[[], pl.Callback]], folder: str) -> float:
+def _fitted(kind: type[LoggedAtOnce], callbacks: list[Callable[[], pl.Callback]], folder: str, **more: Any) -> float:
     """CPU seconds of `_STEPS` steps under a Trainer, its start left out."""
     seconds: list[float] = []
 
@@ -222,6 +223,7 @@ def _fitted(kind: type[LoggedAtOnce], callbacks: list[Callable[[], pl.Callback]]
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=CSVLogger(folder), log_every_n_steps=50, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[*(make() for make in callbacks), Clock()],
+        **more,
     )
     trainer.fit(kind(nn.Linear(8, 8), _METRICS), _vectors())
     return seconds[1] - seconds[0]
@@ -248,7 +250,7 @@ def overhead(pairs: int) -> Row:
     `FiniteGuard`, which the peer lacks, has a row of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ours = partial(_fitted, _Collected, [MetricsLogger], folder)
+        ours = partial(_fitted, _Collected, [MetricsLogger], folder, profiler=NoProfiler())
         theirs = partial(_fitted, LoggedAtOnce, [], folder)
         ours(), theirs(), _raw()
         measured = [(ours(), theirs(), _raw()) for _ in range(pairs)]

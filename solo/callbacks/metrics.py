@@ -11,6 +11,8 @@ from torch import Tensor
 from solo.batch import Batch
 from solo.dist import all_reduce
 
+_SUMMED = 64    # batches at a time, at most
+
 
 @runtime_checkable
 class StepScalars(Protocol):
@@ -33,7 +35,8 @@ class MetricsLogger(Callback):
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
-        self._totals: dict[tuple[str, ...], Tensor] = {}        # by what was measured together: [2, names], sums and counts
+        self._batches: dict[tuple[str, ...], list[Tensor]] = {}     # by what was measured together: [names] of each batch
+        self._totals: dict[tuple[str, ...], Tensor] = {}            # of those before: [2, names], sums and counts
         self._reported = -1
         self._sources: list[StepScalars] = []
 
@@ -44,7 +47,8 @@ class MetricsLogger(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        measured = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}       # Lightning divided it
+        loss = outputs["loss"].float() * trainer.accumulate_grad_batches                        # Lightning divided it
+        measured = {**outputs, "loss": loss}
         for callback in self._sources:
             measured |= callback.step_scalars
         self._add({name: value for name, value in measured.items() if isinstance(value, Tensor) and value.numel() == 1})
@@ -54,13 +58,22 @@ class MetricsLogger(Callback):
 
     @torch.no_grad()
     def _add(self, measured: dict[str, Tensor]) -> None:
-        """All at once: a few operations, however many the metrics."""
-        values = torch.stack([value.float().reshape(()) for value in measured.values()])            # [names]
-        known = ~values.isnan()
-        new, names = torch.stack([values.where(known, 0), known]), tuple(measured)                  # [2, names]
-        self._totals[names] = self._totals[names].add_(new) if names in self._totals else new
+        """One operation, however many the metrics: sums can wait. A loss in float32 makes all float32."""
+        batches = self._batches.setdefault(tuple(measured), [])
+        batches.append(torch.stack([value.reshape(()) if value.ndim else value for value in measured.values()]))    # [names]
+        if len(batches) == _SUMMED:
+            self._sum()
+
+    def _sum(self) -> None:
+        for names, batches in self._batches.items():
+            values = torch.stack(batches)                                                           # [batches, names]
+            known = ~values.isnan()
+            new = torch.stack([values.where(known, 0).sum(0), known.sum(0)])                        # [2, names]
+            self._totals[names] = self._totals[names] + new if names in self._totals else new
+        self._batches = {}
 
     def _report(self, trainer: pl.Trainer) -> None:
+        self._sum()
         groups = sorted(self._totals)
         totals = all_reduce(torch.cat([self._totals[group] for group in groups], dim=1)).T.tolist()
         found: dict[str, list[float]] = {}

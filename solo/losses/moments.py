@@ -31,12 +31,11 @@ class Moments:
         self.count = world_size() * len(x)
         d = x.shape[1]
         self._gram = self.count < GRAM_BELOW * d
-        if self._gram:
+        if self._gram and world_size() > 1:
             x, y = gather_joint(torch.cat([x, y], dim=1)).split(d, dim=1)                           # [N, D] each
-            self._x, self._y = x - x.mean(0), y - y.mean(0)
-        else:                               # the sums do not change with the means: these are constants
-            mean_x, mean_y = all_reduce(torch.stack([x.detach().sum(0), y.detach().sum(0)])) / self.count
-            self._x, self._y = x - mean_x, y - mean_y
+        totals = torch.stack([x.detach().sum(0), y.detach().sum(0)])                                # [2, D]
+        mean_x, mean_y = (totals if self._gram else all_reduce(totals)) / self.count
+        self._x, self._y = x - mean_x, y - mean_y       # nothing below changes with the means: these are constants
         rows = self._x, self._y
         sums = torch.stack([(a * b).sum(0) for a, b in ((rows[0], rows[0]), (rows[1], rows[1]), (rows[0], rows[1]))])
         self.xx, self.yy, self.xy = sums if self._gram else sum_joint(sums)                         # [D] each

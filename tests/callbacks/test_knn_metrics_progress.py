@@ -85,6 +85,22 @@ def test_train_metrics_reach_the_loggers_as_means(tmp_path):
     assert metrics.last["lr"] == 0.05 and "feats" not in metrics.last
 
 
+def test_metrics_of_many_batches_are_summed_before_they_are_many(monkeypatch):
+    class Numbered(Toy):
+        def training_step(self, batch, batch_idx):
+            return {**super().training_step(batch, batch_idx), "number": torch.tensor(batch_idx), "one": torch.ones(1)}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            held.append(sum(map(len, metrics._batches.values())))
+
+    monkeypatch.setattr("solo.callbacks.metrics._SUMMED", 4)
+    metrics, held = MetricsLogger(), []
+    fit([metrics, Watch()], Numbered(), max_epochs=1, log_every_n_steps=100)
+    assert held == [1, 2, 3, 0, 1, 0] and metrics.last["number"] == 2.5      # the last batch is reported
+    assert metrics.last["one"] == 1
+
+
 def test_loss_is_not_divided_by_accumulation():
     plain, accumulated = MetricsLogger(), MetricsLogger()
     fit([plain], max_epochs=1, log_every_n_steps=2, limit_train_batches=2, limit_val_batches=0)

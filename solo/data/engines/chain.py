@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from solo.data.engines.jit import exact, fast, inlined, kept
+from solo.data.engines.jit import exact, fast, fetch, inlined, kept
 from solo.data.engines.kernel_torch import LUMA
 
 Array = np.ndarray
@@ -21,6 +21,7 @@ U = np.uint64
 f32 = np.float32
 GOLDEN = U(0x9E3779B97F4A7C15)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (f32(number) for number in (0, 1, 2, 3, 4, 6))
+CACHE_LINE = U(16)  # numbers
 R, G, B = (f32(weight) for weight in LUMA)
 
 
@@ -79,11 +80,13 @@ def _draw(stream: U, view: Any, row: Any, u: Array) -> None:
 
 @fast
 def _crop(
-    pixels: Array, row: Any, view: Any, down: Any, across: Any, columns: Array, turned: Array, lines: Array, x: Array
+    pixels: Array, row: Any, view: Any, down: Any, across: Any, columns: Array, turned: Array, lines: Array, x: Array,
+    out: Array,
 ) -> None:
     """The box of an image [H * W * C] -> x [C, S * S]: along its rows, turned over, then down its columns.
 
     Each pass is few long loops, over all channels: starting a loop of `_taps` costs as much as forty of its numbers.
+    Memory comes slowly: that of ``out``, where `_colour` writes in the end, is fetched meanwhile.
     """
     channels, size = U(len(x)), U(view.size)
     top, left, height, width = U(row.box[0]), U(row.box[1]), U(row.box[2]), U(row.box[3])
@@ -104,11 +107,11 @@ def _crop(
     first, weight, taps = down[0][height], down[1][height], U(down[2][height])
     pitch = channels * size
     for y in range(size):
-        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, y * pitch, pitch)  # [S, C, S]
-    for c in range(channels):
-        plane = x[c]
-        for y in range(size):
-            source, target = y * pitch + c * size, y * size
+        for i in range(U(0), pitch, CACHE_LINE):
+            fetch(out, y * pitch + i)
+        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, U(0), pitch)  # [C, S]
+        for c in range(channels):
+            plane, source, target = x[c], c * size, y * size
             for i in range(size):
                 plane[target + i] = min(max(turned[source + i], ZERO), ONE)
 
@@ -317,7 +320,7 @@ def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
     height, width, size = view.height, view.width, view.size
     return (
         np.zeros((width + taps) * channels * height, f32),
-        np.zeros(size * channels * max(height, size), f32),
+        np.zeros(size * channels * height, f32),
         np.zeros((height + taps) * channels * size, f32),
         np.zeros((channels, size * size), f32),
     )
@@ -356,7 +359,7 @@ def render(
     columns, turned, lines, x = _work(view, out.shape[1], max(down[1].shape[2], across[1].shape[2]))
     planes = _planes(view)
     for i in range(len(rows)):
-        _crop(images[shown[i]], rows[i], view, down, across, columns, turned, lines, x)
+        _crop(images[shown[i]], rows[i], view, down, across, columns, turned, lines, x, out[i].reshape(-1))
         _colour(x, rows[i], view, planes, scale, shift, out[i])
 
 

@@ -5,12 +5,31 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 exact = njit(**_OPTIONS)
 fast = njit(fastmath=True, **_OPTIONS)
 inlined = njit(fastmath=True, forceinline=True, **_OPTIONS)
+
+
+def _fetch(_: Any, array: Any, place: Any) -> Any:
+    """Let the cache line of entry ``place`` of a flat array, soon to be written, come from memory while work goes on."""
+
+    def code(target: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        entry = builder.gep(target.make_array(array)(target, builder, arguments[0]).data, [arguments[1]])
+        kind = ir.FunctionType(ir.VoidType(), [entry.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [entry.type], kind)
+        builder.call(prefetch, [entry, number(1), number(3), number(1)])  # to write, to the nearest cache, data
+        return target.get_dummy_value()
+
+    return types.void(array, place), code
+
+
+fetch: Any = intrinsic(_fetch)
 
 
 def kept(function: Callable[..., Any]) -> Any:
