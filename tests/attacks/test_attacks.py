@@ -1,7 +1,7 @@
 """Every file of `tests.attacks.make` is refused in one line, soon, in little memory, and nothing in it runs."""
 
-import gc
 import contextlib
+import gc
 import io
 import json
 import os
