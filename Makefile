@@ -15,6 +15,8 @@ demo: env
 
 # Two test processes of one thread each: torch otherwise takes every core for each of them.
 test test-fast: export OMP_NUM_THREADS = 1
+# Not as an environment may have it: every process would compile each file, and pytest rewrite each test, anew.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 test: env
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone

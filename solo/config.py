@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from uuid import uuid4
@@ -32,6 +33,7 @@ from solo.redaction import remember
 T = TypeVar("T")
 
 _MAX_GROWTH = 2e7       # characters that interpolations may make of a config, at worst
+_hints = lru_cache(maxsize=256)(typing.get_type_hints)
 config_files.install()
 
 
@@ -93,7 +95,7 @@ def _bind_dataclass(schema: type, values: Any, path: str, problems: list[str], a
     if not isinstance(values, dict):
         problems.append(f"{path or 'the config'} must be a block of keys, got {values!r}")
         return None
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     before = len(problems)
     problems += [unknown_key(str(key), path, [*fields, *also_known]) for key in values if key not in fields]

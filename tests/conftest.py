@@ -1,5 +1,6 @@
 """Golden values and real images are reached by ``SOLO_SHARED`` (default: ``../shared`` beside the repository)."""
 
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:    # a shell's background 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:    # the same of nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: no garbage is sought while it is read, nor later in it, by a test or its forks."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

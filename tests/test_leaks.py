@@ -24,7 +24,8 @@ class Watch(pl.Callback):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-@pytest.mark.parametrize("epochs", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [12, 60])
 def test_nothing_grows(tmp_path, epochs):
     """Eight steps an epoch, a checkpoint after each, both loggers and the probe at work: 480 steps in the long one."""
     watch = Watch()

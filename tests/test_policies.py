@@ -1,6 +1,7 @@
 """Rules of the house that a machine can keep."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from solo.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
-TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 BASE = {
     "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges",
@@ -69,29 +69,47 @@ def part_of(path):
     return relative(path).split("/")[0].removesuffix(".py")
 
 
-def imports(tree):
+def imports(path):
     """Every absolute module name a file imports, wherever it stands; ``from solo import x`` counts as ``solo.x``."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
+            assert node.level == 0, f"{relative(path)}:{node.lineno}: imports are absolute"
             if node.module == "solo":
                 yield from (f"solo.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
 
-def functions(tree):
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+def functions(path):
+    return [node for node in nodes(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-def calls(tree):
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+def calls(path):
+    return [node for node in nodes(path) if isinstance(node, ast.Call)]
 
 
-def each_source(test):
-    return pytest.mark.parametrize("path", SOURCES, ids=relative)(test)
+@functools.cache
+def nodes(path):
+    """All of a file's syntax."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def each_source(rule):
+    """One test of all files, whose failure names each that breaks the rule: a test of each would cost more than the rule."""
+
+    def test():
+        broken = []
+        for path in SOURCES:
+            try:
+                rule(path)
+            except AssertionError as error:
+                broken.append(str(error))
+        assert not broken, "\n".join(broken)
+
+    test.__doc__ = rule.__doc__
+    return test
 
 
 @each_source
@@ -99,20 +117,20 @@ def test_imports_go_down_only(path):
     part = part_of(path)
     assert part in MAY_IMPORT or part in TOP, f"name the layer of solo/{part} in this test"
     allowed = MAY_IMPORT.get(part)
-    used = {name.split(".")[1] for name in imports(TREES[path]) if name.startswith("solo.")}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("solo.")}
     assert allowed is None or used <= allowed | {part}, f"{relative(path)} reaches up to {sorted(used - allowed - {part})}"
 
 
 @each_source
 def test_third_party_roots_stay_at_home(path):
-    roots = {name.split(".")[0] for name in imports(TREES[path])}
+    roots = {name.split(".")[0] for name in imports(path)}
     for root, home in HOMES.items():
         assert root not in roots or relative(path).startswith(home), f"{relative(path)} imports {root}, which lives in {home}"
 
 
 @each_source
 def test_nothing_unsafe_or_silent(path):
-    for call in calls(TREES[path]):
+    for call in calls(path):
         name = ast.unparse(call.func)
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         line = f"{relative(path)}:{call.lineno} {name}"
@@ -125,9 +143,9 @@ def test_nothing_unsafe_or_silent(path):
             assert relative(path) == "reading.py" and keywords.get("weights_only") == "True", line
         assert not name.endswith("load_from_checkpoint"), line
     unsafe = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch.hub", "hydra.utils"}
-    used = {".".join(name.split(".")[:depth]) for name in imports(TREES[path]) for depth in (1, 2)}
+    used = {".".join(name.split(".")[:depth]) for name in imports(path) for depth in (1, 2)}
     assert not used & unsafe, f"{relative(path)} imports {used & unsafe}"
-    for node in ast.walk(TREES[path]):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in ("torch.hub", "hydra.utils"), f"{relative(path)}:{node.lineno}"
         if isinstance(node, ast.ExceptHandler):
@@ -149,7 +167,7 @@ def test_asserts_only_narrow_types(path):
             return isinstance(test.ops[0], ast.IsNot) and ast.unparse(test.comparators[0]) == "None"
         return isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance"
 
-    for node in ast.walk(TREES[path]):
+    for node in nodes(path):
         if isinstance(node, ast.Assert):
             assert narrows(node.test), f"{relative(path)}:{node.lineno} {ast.unparse(node)}"
 
@@ -158,14 +176,14 @@ def test_asserts_only_narrow_types(path):
 def test_sizes(path):
     lines = path.read_text().count("\n")
     assert lines <= 400, f"{relative(path)} has {lines} lines"
-    for function in functions(TREES[path]):
+    for function in functions(path):
         length = function.end_lineno - function.lineno + 1
         assert length <= 80, f"{relative(path)}:{function.lineno} {function.name} has {length} lines"
 
 
 @each_source
 def test_public_signatures_are_typed(path):
-    for function in functions(TREES[path]):
+    for function in functions(path):
         if function.name.startswith("_") and function.name != "__init__":
             continue
         where = f"{relative(path)}:{function.lineno} {function.name}"
@@ -183,7 +201,7 @@ def test_methods_bring_neither_hydra_nor_data():
     while todo:
         name = todo.pop()
         seen.add(name)
-        reached = {other for wanted in imports(TREES[by_module[name]]) for other in (wanted, wanted.rpartition(".")[0])}
+        reached = {other for wanted in imports(by_module[name]) for other in (wanted, wanted.rpartition(".")[0])}
         todo |= (reached & set(by_module)) - seen
     assert {part_of(by_module[name]) for name in seen} <= PARTS - {"config"} | {"methods"}
 

@@ -22,6 +22,8 @@ from tests.conftest import ROOT
 EVALUATIONS = {"knn": KNNEvaluation, "umap": UMAPEvaluation}
 CONFIGS = [path for path in sorted((ROOT / "scripts").rglob("*.yaml")) if path.parent.name != "augmentations"]
 
+UNKNOWN = re.compile(r"unknown key (?:\S+\.)?(\S*?)(?::| \()")     # the key's own name, without its path
+
 
 def judge(file, values):
     """What the file's own command does with its values before any work; ``bench`` files are parts of a pretraining."""
@@ -99,10 +101,12 @@ def judged(letters):
                 for key, typed in wanted.items():
                     if typed and typed[-1] not in names.values():
                         names[key] = typed.pop()
-                lines = (said_of(file, renamed(values, path, names)) or "").splitlines()
+                lines = {}
+                for line in (said_of(file, renamed(values, path, names)) or "").splitlines():
+                    if told := UNKNOWN.match(line):
+                        lines.setdefault(told[1], []).append(line)
                 for meant, typed in names.items():
-                    own = [line for line in lines if re.match(rf"unknown key (\S+\.)?{re.escape(typed)}(:| \()", line)]
-                    yield typed, meant, "\n".join(own) or said_of(file, renamed(values, path, {meant: typed}))
+                    yield typed, meant, "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, path, {meant: typed}))
 
 
 @pytest.mark.parametrize("letters", ["e", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,29 @@ def entries(folder: Path) -> dict[str, str]:
     return {row["file"]: row["sha256"] for row in json.loads(path.read_text())} if path.exists() else {}
 
 
+def digest(path: Path) -> str:
+    """The checksum of a file, computed once for each state it is in; `FileNotFoundError` as of ``stat``."""
+    return _digest(path, state_of(path))
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, state: tuple[int, ...]) -> str:
+    return files.digest(path)
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def valid_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that count: whole ones in the manifest, and before there is one, whole files."""
     try:
         named = entries(folder)
     except ValueError:
         named = {}
-    valid = [name for name, sha256 in named.items() if (folder / name).is_file() and files.digest(folder / name) == sha256]
+    valid = [name for name, sha256 in named.items() if (folder / name).is_file() and digest(folder / name) == sha256]
     valid = valid or [path.name for path in folder.glob("*.ckpt") if path.name not in named and not _unreadable(path)]
     return sorted(int(re.findall(r"\d+", name)[0]) for name in valid)
 
@@ -45,7 +62,7 @@ def broken(folder: Path, damaged: set[str]) -> Iterator[str]:
             continue
         if not path.is_file():
             yield f"the manifest names {path.name}, which is missing"
-        elif path.name in named and files.digest(path) != named[path.name]:
+        elif path.name in named and digest(path) != named[path.name]:
             yield f"{path.name} is not what the manifest names"
         elif path.name not in named and (problem := _unreadable(path)):
             yield problem

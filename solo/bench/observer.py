@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from solo import checkpoint, files
-from solo.bench.leftovers import entries
+from solo import checkpoint
+from solo.bench.leftovers import digest, entries, state_of
 
 PERIOD = 0.001      # seconds from one look to the next
 
@@ -53,7 +53,6 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, folder / checkpoint.MANIFEST
-        self.digests: dict[tuple[int, ...], str] = {}
         self.named: dict[tuple[int, ...], dict[str, str]] = {}
         self.looks = self.seen = 0
         self.first = self.last = 0.0                # when it looked at a manifest
@@ -72,11 +71,11 @@ class Watch:
     def _look(self) -> str | None:
         """What is wrong now."""
         try:
-            now = _key(self.manifest)
+            now = state_of(self.manifest)
             if now not in self.named:
                 self.named = {now: entries(self.folder)}
-            valid = sum(self._digest(self.folder / name) == sha256 for name, sha256 in self.named[now].items())
-            if _key(self.manifest) != now:          # the files of a manifest that is no longer in force
+            valid = sum(_digest(self.folder / name) == sha256 for name, sha256 in self.named[now].items())
+            if state_of(self.manifest) != now:     # the files of a manifest that is no longer in force
                 return None
         except FileNotFoundError:
             return "manifest: gone" if self.named else None
@@ -87,17 +86,9 @@ class Watch:
         self.looks, self.seen = self.looks + 1, max(self.seen, valid)
         return f"too few: of {sorted(self.named[now])}, {valid} valid" if valid < min(self.seen, 2) else None
 
-    def _digest(self, path: Path) -> str:
-        """The checksum of a file, computed once for each state it is in."""
-        try:
-            key = _key(path)
-            if key not in self.digests:
-                self.digests[key] = files.digest(path)
-            return self.digests[key]
-        except FileNotFoundError:
-            return "missing"
 
-
-def _key(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _digest(path: Path) -> str:
+    try:
+        return digest(path)
+    except FileNotFoundError:
+        return "missing"

@@ -7,6 +7,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -19,8 +20,9 @@ from solo import checkpoint
 from solo.bench import processes
 from solo.bench.leftovers import STATE, broken, difference, valid_steps
 from solo.bench.processes import of_rank
+from solo.data.module import DataModule
 from solo.errors import SoloError
-from solo.experiment import experiment
+from solo.experiment import Experiment, experiment
 from solo.run import pretrain
 
 RECORD = struct.Struct("<qdd")                  # step, loss, time
@@ -39,14 +41,22 @@ class Reference:
 
 
 def reference(content: dict[str, Any], folder: Path) -> Reference:
-    """Train once undisturbed; also imports here what a run imports, so that later forks need not."""
+    """Train once undisturbed; also imports here what a run imports, and loads the kernel, so that later forks need not."""
     modules, run = folder / "modules", Ordeal(content, folder, None)
     run.life(after=lambda: processes.note_modules(modules))
     if run.problems:
         raise SoloError("\n".join(run.problems))
     processes.import_noted(modules)
+    _load_kernel(run.config)
     times = [time for _, _, time in RECORD.iter_unpack(run.trace.read_bytes())]
     return Reference(run.losses, checkpoint.read(run.run_dir / "last.ckpt"), (times[-1] - times[0]) / (len(times) - 1))
+
+
+def _load_kernel(config: Experiment) -> None:
+    """What the first batch of a process waits for: compiled code, which forks inherit."""
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
+    with closing(data.train_dataloader()) as loader:
+        next(iter(loader))
 
 
 @dataclass
