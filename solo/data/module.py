@@ -193,7 +193,7 @@ class DataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises `ConfigError` when the saved position is none, or belongs to another order of images, or to other images."""
-        places = [key for key in self.state_dict() if key != "listing"]
+        places = [*Position._fields, *self._order_words()]
         wrong = [key for key in places if type(state_dict.get(key)) is not int or state_dict[key] < 0]
         if wrong:
             raise ConfigError(f"the checkpoint's place in the data is damaged: its {wrong[0]} is {state_dict.get(wrong[0])!r}")
