@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -145,8 +146,8 @@ class Experiment:
         return Path(self.checkpoint.dir) / f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys that change what is learned and differ from another config: (its value, this one's)."""
-        theirs, own = flat(_learned(other)), flat(_learned(self.record()))
+        """Keys that change what is learned or its rounding and differ from another config: (its value, this one's)."""
+        theirs, own = flat(_learned(other, _ROUNDING)), flat(_learned(self.record(), _ROUNDING))
         return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
 
     @property
@@ -173,6 +174,8 @@ _NOT_LEARNED_INSIDE = (
     ("data", "val_path"),
     ("optimizer", "batch_size"),
 )
+# None of these names another run; a run that goes on with another value says so.
+_ROUNDING = ("probe", "view_batching", "compile", "accelerator", "strategy", "deterministic", "benchmark", "kernel")
 
 
 def _with_words(shown: Any, thing: Any) -> Any:
@@ -191,13 +194,13 @@ def _with_words(shown: Any, thing: Any) -> Any:
 _LOOKED_UP = ("method", "name", "dataset")
 
 
-def _learned(content: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what is learned; the batch counts through the global batch."""
+def _learned(content: dict[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """The part of a config that decides what is learned, and these keys; the batch counts through the global batch."""
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
-    for key in _NOT_LEARNED:
+    for key in set(_NOT_LEARNED) - set(also):
         content.pop(key, None)
     for block, key in _NOT_LEARNED_INSIDE:
-        if isinstance(content.get(block), dict):
+        if key not in also and isinstance(content.get(block), dict):
             content[block].pop(key, None)
     return content
 

@@ -28,6 +28,7 @@ from solo.methods import Method
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
 _WEIGHTS = "the initial weights"
+_OF_THE_OPTIMIZERS_STATE = ("optimizer.name", "optimizer.kwargs.amsgrad")    # what it keeps of a parameter depends on these
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
+    for key in _OF_THE_OPTIMIZERS_STATE:
+        then, now = (flat(asked).get(key) or None for asked in (provenance["config"], config.record()))
+        if then != now:
+            raise ConfigError(f"{path} cannot be continued: it holds what an optimizer with {key}={then} kept, now it is {now}")
     if problem := continuing.problem(content, method, trainer):
         raise ConfigError(f"{path} cannot be continued: {problem}")
     complete = _complete(content, trainer)

@@ -1,12 +1,15 @@
 """A checkpoint whose weights fit, but not the rest of its state, is refused in one line, and never taken for a fresh start."""
 
+import contextlib
 import copy
+import signal
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
-from solo.errors import ConfigError
+from solo.errors import ConfigError, Interrupted
 from solo.experiment import experiment
 from solo.run import pretrain
 from tests.tiny import values
@@ -88,3 +91,71 @@ def test_what_fits_goes_on(saved, tmp_path):
     torch.save(state, tmp_path / "x.ckpt")
     result = pretrain(experiment(content(tmp_path / "runs", resume=str(tmp_path / "x.ckpt"))))
     assert checkpoint.read(result.checkpoint)["global_step"] == 16
+
+
+class Watch(pl.Callback):
+    """What the optimizer's groups say and which images each step has; ends the run at a step by SIGTERM."""
+
+    def __init__(self, last=None):
+        self.last, self.options, self.images = last, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.images[trainer.global_step + 1] = batch.index.tolist()
+        self.options = {key: value for key, value in trainer.optimizers[0].param_groups[0].items() if key != "params"}
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.last:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def watched(last=None, **config):
+    watch = Watch(last)
+    with contextlib.suppress(Interrupted):
+        watch.result = pretrain(experiment(config), [watch])
+    return watch
+
+
+def of_sgd(folder, **changes):
+    optimizer = {"name": "sgd", "batch_size": 8, "lr": 1.0, "kwargs": {"momentum": 0.9}, **changes.pop("optimizer", {})}
+    return {**content(folder), "max_epochs": 3, "optimizer": optimizer, **changes}
+
+
+@pytest.fixture(scope="module")
+def by_sgd(tmp_path_factory):
+    """The end of the first of three epochs of 8 steps."""
+    folder = tmp_path_factory.mktemp("sgd")
+    watched(8, **of_sgd(folder))
+    return str(next(folder.glob("nnclr*/last.ckpt")))
+
+
+def test_an_optimizer_option_that_is_another_now_counts(by_sgd, tmp_path, caplog):
+    """What is said to be another is what trains."""
+    caplog.set_level("INFO", "solo")
+    changed = {"kwargs": {"momentum": 0.1, "nesterov": True}, "weight_decay": 0.3}
+    watch = watched(9, **of_sgd(tmp_path, resume=by_sgd, optimizer=changed))
+    assert (watch.options["momentum"], watch.options["nesterov"], watch.options["weight_decay"]) == (0.1, True, 0.3)
+    assert "note: optimizer.kwargs.momentum is 0.1, it was 0.9 when this checkpoint was saved" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "adamw", "kwargs": {}}, {"name": "lars", "kwargs": {"eta": 0.02}}])
+def test_another_optimizer_is_refused(by_sgd, tmp_path, optimizer):
+    """What one has kept is of no use to another."""
+    with pytest.raises(ConfigError, match=f"optimizer.name=sgd kept, now it is {optimizer['name']}"):
+        pretrain(experiment(of_sgd(tmp_path, resume=by_sgd, optimizer=optimizer)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_of_another_length_are_interrupted_like_any(by_sgd, tmp_path):
+    """The place in the data is counted within the epoch, not from all batches there ever were."""
+    shorter = {"limit_train_batches": 4}
+    whole = watched(**of_sgd(tmp_path / "whole", resume=by_sgd, **shorter))
+    parts = [watched(last, **of_sgd(tmp_path / "parts", resume=by_sgd, **shorter)) for last in (10, 13, None)]
+    assert {step: images for part in parts for step, images in part.images.items()} == whole.images
+    assert [len(part.images) for part in parts] == [2, 3, 3]
+
+
+def test_what_only_rounds_otherwise_is_said(by_sgd, tmp_path, caplog):
+    caplog.set_level("INFO", "solo")
+    watched(9, **of_sgd(tmp_path, resume=by_sgd, view_batching="concat", probe={"enabled": False}))
+    said = [record.getMessage().split(",")[0] for record in caplog.records if record.getMessage().startswith("note: ")]
+    assert said == ["note: probe.enabled is False", "note: view_batching is concat"]

@@ -153,5 +153,5 @@ class RunProgress(ProgressBar):
         step, total = self.trainer.global_step, self.trainer.estimated_stepping_batches
         if step <= self._first_step or total == float("inf"):
             return "?"
-        seconds = (time.monotonic() - self._began) * (total - step) / (step - self._first_step)
+        seconds = (time.monotonic() - self._began) * max(0, total - step) / (step - self._first_step)
         return str(timedelta(seconds=round(seconds)))

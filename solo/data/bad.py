@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -16,7 +16,7 @@ from solo.data.decoding import BadImage
 from solo.data.random import integers
 from solo.data.sources import Source
 from solo.dist import end_together, gather_text, rank, world_size
-from solo.errors import DataError
+from solo.errors import ConfigError, DataError
 from solo.lease import still_own
 from solo.reading import MAX_JSON, parse_json
 
@@ -107,6 +107,23 @@ class BadImages:
         if world_size() == 1 and self._too_many():
             raise DataError(self._verdict())
 
+    def state_dict(self) -> dict[str, str]:
+        """Index (as text, as in JSON) and reason of each."""
+        return {str(index): self._reasons[index] for index in self.index}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Go on counting from those that a run met before it was interrupted; all ranks load the same, and none is logged again.
+
+        Raises:
+            DataError: as `add`.
+            ConfigError: it is no such state.
+        """
+        if not isinstance(state, Mapping) or not all(str(index).isdecimal() and isinstance(state[index], str) for index in state):
+            raise ConfigError("the checkpoint's list of unreadable images is damaged")
+        self._reasons |= {int(index): reason for index, reason in state.items() if int(index) < len(self._source)}
+        if world_size() == 1 and self._too_many():
+            raise DataError(self._verdict())
+
     def agree(self, device: torch.device | str) -> None:
         """Let all ranks know what each has met since the last time.
 
@@ -172,14 +189,23 @@ def _names(file: BinaryIO) -> set[str]:
 
 
 class AgreedCount(pl.Callback):
-    """Makes the unreadable images of a `DataModule` those of all ranks: before training, `OFTEN` times in an epoch, and at
-    its end, so that a run with too many of them stops within the epoch that shows it.
+    """Makes the unreadable images of a `DataModule` those of all ranks: before training, `OFTEN` times in an epoch, at its
+    end and at each save, so that a run with too many of them stops within the epoch that shows it.
     """
 
     OFTEN = 20
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._agree(trainer)
+        checkpoint["unreadable"] = trainer.datamodule.bad.state_dict()  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        data = trainer.datamodule       # type: ignore[attr-defined]
+        if checkpoint["DataModule"].get("listing", data.listing) == data.listing:       # else their numbers are others'
+            data.bad.load_state_dict(checkpoint.get("unreadable", {}))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         interval = max(1, int(trainer.num_training_batches) // self.OFTEN)

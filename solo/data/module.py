@@ -195,7 +195,7 @@ class DataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises `ConfigError` when the saved position is none, or belongs to another order of images, or to other images."""
-        places = [key for key in self.state_dict() if key != "listing"]
+        places = [*Position._fields, *self._order_words()]
         wrong = [key for key in places if type(state_dict.get(key)) is not int or state_dict[key] < 0]
         if wrong:
             raise ConfigError(f"the checkpoint's place in the data is damaged: its {wrong[0]} is {state_dict.get(wrong[0])!r}")
@@ -233,12 +233,14 @@ class DataModule(pl.LightningDataModule):
         return {"global_batch": self.batch_size * world_size(), "images": len(self._train), "seed": self.seed}
 
     def _trained(self) -> Position:
-        """(epoch, batch) from the batches the trainer has finished; the end of an epoch is the beginning of the next."""
+        """(epoch, batch) after the batches the trainer has finished; the end of an epoch is the beginning of the next."""
         if self.trainer is None:
             return Position(0, 0)
-        per_epoch = self.trainer.num_training_batches
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]["processed"]
-        return Position(*divmod(done, int(per_epoch))) if 0 < per_epoch < float("inf") else Position(0, 0)
+        loop = self.trainer.fit_loop
+        epoch = loop.epoch_progress.state_dict()["current"]
+        batches = loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
+        ended = epoch["processed"] == epoch["ready"] or batches >= self.trainer.num_training_batches
+        return Position(epoch["ready"], 0) if ended else Position(epoch["ready"] - 1, batches)
 
     def _check_steps(self, world: int) -> None:
         if len(self._train) < self.batch_size * world and self.views:

@@ -156,9 +156,11 @@ class Method(pl.LightningModule):
         lr = optim.scaled_lr(config.lr, global_batch)
         say(f"{config.name}: lr {config.lr:g} x {global_batch}/256 = {lr:g} (batch {config.batch_size} x "
                        f"{self.trainer.world_size} processes x {accumulated} accumulated)")
-        groups = self.parameter_groups(lr)
-        self._group_options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        return optim.build(config, groups)
+        optimizer = optim.build(config, self.parameter_groups(lr))
+        self._group_options = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+        return optimizer
 
     def on_fit_start(self) -> None:
         self.each.renew()
