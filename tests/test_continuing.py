@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
-from solo.errors import ConfigError, Interrupted
+from solo.errors import ConfigError, DataError, Interrupted
 from solo.experiment import experiment
 from solo.run import pretrain
+from tests.data.common import make_folder
 from tests.tiny import values
 
 
@@ -68,6 +69,7 @@ WRONG = {
     "it lacks DataModule": lambda s: s.pop("DataModule"),
     "place in the data is damaged: its epoch is None": lambda s: s["DataModule"].clear(),
     "place in the data is damaged: its batch is -1": lambda s: s["DataModule"].update(batch=-1),
+    "list of unreadable images is damaged": lambda s: s.update(unreadable={"x": 3}),
     "it lacks lr_schedulers": lambda s: s.pop("lr_schedulers"),
     "it does not name the version of pytorch-lightning": lambda s: s.update({"pytorch-lightning_version": "x"}),
 }
@@ -159,3 +161,29 @@ def test_what_only_rounds_otherwise_is_said(by_sgd, tmp_path, caplog):
     watched(9, **of_sgd(tmp_path, resume=by_sgd, view_batching="concat", probe={"enabled": False}))
     said = [record.getMessage().split(",")[0] for record in caplog.records if record.getMessage().startswith("note: ")]
     assert said == ["note: probe.enabled is False", "note: view_batching is concat"]
+
+
+def of_bad_images(folder, limit=0.1, **changes):
+    """Four of 64 images are none."""
+    if not (folder / "images").exists():
+        for path in make_folder(folder / "images", {"a": 64})[::16]:
+            path.write_bytes(b"bad")
+    data = {"dataset": "image_folder", "train_path": str(folder / "images"), "train_size": None, "engine": "torchvision"}
+    data |= {"size": 16, "num_workers": 0, "max_bad_fraction": limit}
+    return {**content(folder / "runs"), "max_epochs": 1, "data": data,
+            **changes}
+
+
+def test_unreadable_images_are_counted_on(tmp_path, caplog):
+    """Those from before an interruption count, are not named again, and end a run that has too many of both."""
+    watched(4, **of_bad_images(tmp_path))
+    before = caplog.text.count("unreadable image ")
+    result = watched(**of_bad_images(tmp_path)).result
+    assert 0 < before < 4 == caplog.text.count("unreadable image ")
+    assert len(checkpoint.read(result.checkpoint)["unreadable"]) == 4
+
+
+def test_too_many_unreadable_images_over_a_resume_end_it(tmp_path):
+    watched(4, **of_bad_images(tmp_path, limit=3 / 64))
+    with pytest.raises(DataError, match="4 of 64 images cannot be read"):
+        pretrain(experiment(of_bad_images(tmp_path, limit=3 / 64)))

@@ -112,13 +112,13 @@ class BadImages:
         return {str(index): self._reasons[index] for index in self.index}
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Go on counting from those that a run met before it was interrupted; all ranks load the same, and none is logged again.
+        """Go on counting from those met before an interruption; all ranks load the same, and none is logged again.
 
         Raises:
             DataError: as `add`.
             ConfigError: it is no such state.
         """
-        if not isinstance(state, Mapping) or not all(str(index).isdecimal() and isinstance(state[index], str) for index in state):
+        if not isinstance(state, Mapping) or not all(str(key).isdecimal() and isinstance(state[key], str) for key in state):
             raise ConfigError("the checkpoint's list of unreadable images is damaged")
         self._reasons |= {int(index): reason for index, reason in state.items() if int(index) < len(self._source)}
         if world_size() == 1 and self._too_many():
