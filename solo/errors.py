@@ -1,6 +1,8 @@
 """The errors a user can cause or meet. Each ends a command with one line and its own exit code."""
 
 import argparse
+import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -117,3 +119,24 @@ def reported() -> Iterator[None]:
         finally:
             over.set()
             command = outer
+            if outer is None and os.getpid() == process:
+                _end_children()
+
+
+def _end_children() -> None:
+    """Kill this process's workers: one that waits for a file heeds no SIGTERM, and Python waits at its exit until they end.
+
+    One that a kill does not end either, as the system itself waits in it, is waited for no longer.
+    """
+    own = [child for child in multiprocessing.active_children() if child._parent_pid == os.getpid()]  # type: ignore[attr-defined]
+    if not own:
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's takes this for a failure of a worker
+    for child in own:
+        child.kill()
+    until = time.monotonic() + 1
+    for child in own:
+        child.join(max(0.0, until - time.monotonic()))
+        if child.is_alive():
+            multiprocessing.process._children.discard(child)  # type: ignore[attr-defined]

@@ -55,7 +55,11 @@ class Fork(subprocess.Popen):
 def run(words, timeout=300, **options):
     """``subprocess.run`` with its output as text."""
     with Fork(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        out, err = process.communicate(timeout=timeout)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 

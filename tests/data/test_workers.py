@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,13 +20,21 @@ from solo.data import loaders
 from solo.data.engines import workers
 from solo.data.random import order
 from solo.data.sources import FakeSource
-from solo.errors import EnvironmentFault
+from solo.errors import EnvironmentFault, reported
+from tests import forks
 from tests.data.common import module
 
 
 class Slow(FakeSource):
     def load(self, i: int) -> np.ndarray:
         time.sleep(1.5)
+        return super().load(i)
+
+
+class Deaf(FakeSource):
+    def load(self, i: int) -> np.ndarray:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
         return super().load(i)
 
 
@@ -51,6 +60,21 @@ def test_what_a_stuck_worker_was_at_is_named() -> None:
     with pytest.raises(EnvironmentFault, match=f"rank 0: no batch .* waiting for the batch that begins with {first}$"):
         next(iter(data.train_dataloader()))
     data.teardown("fit")
+
+
+def stuck() -> None:
+    """A command whose worker waits long and heeds no SIGTERM, as in a read that the system does not return from."""
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = Deaf(64, 32, 10, 3, seed=0)
+    with reported():
+        next(iter(data.train_dataloader()))
+
+
+def test_a_command_does_not_wait_for_a_worker_that_heeds_nothing() -> None:
+    """Neither here nor at the exit, where Python joins every child."""
+    ended = forks.run([sys.executable, "-c", "from tests.data.test_workers import stuck; stuck()"], timeout=30)
+    assert ended.returncode == 5, ended
+    assert ended.stderr.splitlines()[-1].startswith("environment error: rank 0: no batch from a data worker within")
 
 
 @pytest.mark.parametrize(("source", "said"), [(Slow, "data.timeout=0.5"), (Deadly, "data.num_workers")])
