@@ -20,7 +20,7 @@ from solo.bench.baselines.pil import PILBaseline
 from solo.bench.bound import bound
 from solo.bench.looks import looks, shown
 from solo.bench.measure import Row, alternate, rate, row, table, told, write
-from solo.bench.peers import PEERS, Peer, peer
+from solo.bench.peers import PEERS, Batches, Peer, peer
 from solo.config import load
 from solo.data.config import KernelName
 from solo.data.engines import Job, Slot
@@ -120,6 +120,14 @@ def correctness(data: DataModule) -> str:
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
 
 
+def looks_like(job: Job, batch: Batches) -> str:
+    """Holds a peer's views of images in memory to what ours look like; errors as of `looks`."""
+    slot = next(_slots(job, _LOOKED_AT))
+    ours = next(SmallEngine(job).batches([slot])).batch.views
+    a, b = (shown(views, job.mean, job.std) for views in (ours, batch(slot.samples)))
+    return looks(a, b, _array(job)[slot.samples])
+
+
 # --- rates -------------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +155,8 @@ def pil_work(job: Job, images: int) -> Callable[[], int]:
 
 
 def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
-    """D1 and D3: both kernels against torchvision on PIL."""
+    """D1 and D3: both kernels against torchvision on PIL, whose views are first held to what ours look like."""
+    print(looks_like(job, PILBaseline(job).batch), flush=True)
     rows = []
     kernels: list[tuple[str, KernelName, int]] = [("D1", "numba", _OURS), ("D3", "torch", _OURS // 8)]
     for id, name, images in kernels:
@@ -159,10 +168,7 @@ def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
 def against(data: DataModule, other: Peer, pairs: int) -> Row:
     """D2: the engine against another program, whose views are first held to what ours look like."""
     job, kernel = data.job, data.config.kernel
-    slot = next(_slots(job, _LOOKED_AT))
-    ours = next(SmallEngine(job).batches([slot])).batch.views
-    a, b = (shown(views, job.mean, job.std) for views in (ours, other.batch(slot.samples)))
-    print(looks(a, b, _array(job)[slot.samples]), flush=True)
+    print(looks_like(job, other.batch), flush=True)
     slots = _slots(job, 256)
     count = other.images // 256
     found = alternate(
