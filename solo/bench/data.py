@@ -17,7 +17,7 @@ import torch
 
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
-from solo.bench.bound import bound
+from solo.bench.bound import bound, bound_of_files
 from solo.bench.looks import looks, shown
 from solo.bench.measure import Row, alternate, rate, row, table, told, write
 from solo.bench.peers import PEERS, Batches, Peer, peer
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     setting = setting_of(arguments.recipe, config.data.kernel, arguments.overrides)
     if not isinstance(data.job.source, ArraySource):
-        return large.main(arguments, data, setting)
+        large.main(arguments, data, setting)
+        if not arguments.no_step and not other:
+            print(bound_of_files(config, data.job))
+        return
     if arguments.stage is not None:
         raise ConfigError("--stage is for images above 64 px: small ones have one stage")
     print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
@@ -110,7 +113,7 @@ def correctness(data: DataModule) -> str:
     Raises:
         NumericsError: they differ by more than a grey level in more than a thousandth of the values.
     """
-    slot = next(Order(data.seed, len(data.selected), 128, 0, 1).onwards(Position(0, 0)))
+    slot = next(_slots(data.job, 128))
     job = replace(data.job, config=replace(data.config, num_workers=0))
     quick, slow = (next(engine(job).batches([slot])).batch.views for engine in (SmallEngine, TorchvisionEngine))
     levels = torch.cat([(a - b).abs().flatten() for a, b in zip(quick, slow, strict=True)]) * min(data.spec.std) * 255
