@@ -55,25 +55,52 @@ def _is_kernel(name: str) -> bool:
     return space not in ("profiler", "c10d") and short not in _NO_KERNEL
 
 
-# What makes the host wait for a tensor's values.
+# What makes the host wait for a tensor's values, as a method or as a function.
 _WAITS = {
-    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
-    *(Tensor.__index__, Tensor.__contains__, Tensor.equal, torch.nonzero, torch.equal, torch.unique, torch.masked_select),
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in (
+        *("item", "tolist", "numpy", "cpu", "nonzero", "argwhere", "equal", "allclose", "is_nonzero", "masked_select"),
+        *("unique", "unique_consecutive", "bincount", "__bool__", "__int__", "__float__", "__complex__", "__index__"),
+        *("__contains__", "__format__", "__array__"),
+    )
+    if hasattr(home, name)
 }
+_PUTS = {Tensor.__setitem__, Tensor.index_put, Tensor.index_put_}
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would make the host wait for the device, were the tensors there."""
+    """Counts what would make the host wait for the device, were the tensors there.
+
+    Not seen: a copy to the CPU whose device is not given by its name, for here the device of every tensor is the CPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        masked = func is Tensor.__getitem__ and _has_mask(args[1])
-        if func in _WAITS or masked:
-            self.names["mask" if masked else func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _WAITS or _depends(func, args, kwargs):
+            self.names["mask" if func is Tensor.__getitem__ else func.__name__] += 1
+        return func(*args, **kwargs)
+
+
+def _depends(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether these arguments make a function wait that does not always."""
+    if func is Tensor.__getitem__:
+        return _has_mask(args[1])
+    if func in _PUTS:       # a number is filled in where the mask is, for a tensor the places are looked up
+        return _has_mask(args[1]) and isinstance(args[2], Tensor)
+    if func in (torch.where, Tensor.where):
+        return len(args) + len(kwargs) == 1
+    if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
+        return isinstance(repeats, Tensor) and kwargs.get("output_size") is None
+    if func is Tensor.to:
+        target = kwargs.get("device", args[1] if len(args) > 1 else None)
+        return isinstance(target, str) and target == "cpu" and not kwargs.get("non_blocking")
+    return False
 
 
 def _has_mask(index: Any) -> bool:

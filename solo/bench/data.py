@@ -17,10 +17,10 @@ import torch
 
 from solo.bench import large
 from solo.bench.baselines.pil import PILBaseline
-from solo.bench.bound import bound
+from solo.bench.bound import bound, bound_of_files
 from solo.bench.looks import looks, shown
 from solo.bench.measure import Row, alternate, rate, row, table, told, write
-from solo.bench.peers import PEERS, Peer, peer
+from solo.bench.peers import PEERS, Batches, Peer, peer
 from solo.config import load
 from solo.data.config import KernelName
 from solo.data.engines import Job, Slot
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
     data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, config.seed)
     setting = setting_of(arguments.recipe, config.data.kernel, arguments.overrides)
     if not isinstance(data.job.source, ArraySource):
-        return large.main(arguments, data, setting)
+        large.main(arguments, data, setting)
+        if not arguments.no_step and not other:
+            print(bound_of_files(config, data.job))
+        return
     if arguments.stage is not None:
         raise ConfigError("--stage is for images above 64 px: small ones have one stage")
     print(f"{arguments.recipe}: {len(data.selected):,} images, {len(data.views)} views, batch {data.batch_size}", flush=True)
@@ -110,7 +113,7 @@ def correctness(data: DataModule) -> str:
     Raises:
         NumericsError: they differ by more than a grey level in more than a thousandth of the values.
     """
-    slot = next(Order(data.seed, len(data.selected), 128, 0, 1).onwards(Position(0, 0)))
+    slot = next(_slots(data.job, 128))
     job = replace(data.job, config=replace(data.config, num_workers=0))
     quick, slow = (next(engine(job).batches([slot])).batch.views for engine in (SmallEngine, TorchvisionEngine))
     levels = torch.cat([(a - b).abs().flatten() for a, b in zip(quick, slow, strict=True)]) * min(data.spec.std) * 255
@@ -118,6 +121,14 @@ def correctness(data: DataModule) -> str:
     if not outside < 1e-3:
         raise NumericsError(f"{outside:.2%} of the values differ by more than a grey level from the reference engine")
     return f"correct: median difference from the reference engine {levels.median():.1e} grey levels, {outside:.1e} above one"
+
+
+def looks_like(job: Job, batch: Batches) -> str:
+    """Holds a peer's views of images in memory to what ours look like; errors as of `looks`."""
+    slot = next(_slots(job, _LOOKED_AT))
+    ours = next(SmallEngine(job).batches([slot])).batch.views
+    a, b = (shown(views, job.mean, job.std) for views in (ours, batch(slot.samples)))
+    return looks(a, b, _array(job)[slot.samples])
 
 
 # --- rates -------------------------------------------------------------------------------------------------------------
@@ -147,7 +158,8 @@ def pil_work(job: Job, images: int) -> Callable[[], int]:
 
 
 def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
-    """D1 and D3: both kernels against torchvision on PIL."""
+    """D1 and D3: both kernels against torchvision on PIL, whose views are first held to what ours look like."""
+    print(looks_like(job, PILBaseline(job).batch), flush=True)
     rows = []
     kernels: list[tuple[str, KernelName, int]] = [("D1", "numba", _OURS), ("D3", "torch", _OURS // 8)]
     for id, name, images in kernels:
@@ -159,10 +171,7 @@ def compare(job: Job, pairs: int, batch_size: int) -> list[Row]:
 def against(data: DataModule, other: Peer, pairs: int) -> Row:
     """D2: the engine against another program, whose views are first held to what ours look like."""
     job, kernel = data.job, data.config.kernel
-    slot = next(_slots(job, _LOOKED_AT))
-    ours = next(SmallEngine(job).batches([slot])).batch.views
-    a, b = (shown(views, job.mean, job.std) for views in (ours, other.batch(slot.samples)))
-    print(looks(a, b, _array(job)[slot.samples]), flush=True)
+    print(looks_like(job, other.batch), flush=True)
     slots = _slots(job, 256)
     count = other.images // 256
     found = alternate(

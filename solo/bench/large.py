@@ -13,7 +13,7 @@ import torch
 from solo.bench.baselines.pil import PILBaseline
 from solo.bench.looks import looks, shown
 from solo.bench.measure import alternate, row, table, write
-from solo.bench.peers import peer
+from solo.bench.peers import Batches, peer
 from solo.data.engines import Job, Payload, Slot
 from solo.data.engines.large import LargeEngine
 from solo.data.engines.torchvision import TorchvisionEngine
@@ -27,7 +27,6 @@ STAGES = {"cpu": ("D4", "decode and crops, uint8"), "all-cpu": ("D5", "all on th
 _BATCH, _BATCHES = 32, 2  # images of one measurement: two batches
 _LOOKED_AT = 16  # batches whose views, or crops, are held to a peer's
 _PEERS = ("dali",)  # of `PEERS`, those that also decode
-Batches = Callable[[np.ndarray], list[torch.Tensor]]  # the views of these samples
 _COPIES = "solo-learn's pipeline (Pillow and torchvision v1, rewritten)"
 
 
@@ -46,9 +45,8 @@ def main(arguments: argparse.Namespace, data: DataModule, setting: str) -> None:
     rows = []
     for stage in [arguments.stage] if arguments.stage else STAGES:
         id, what = STAGES[stage]
-        whose, batch = _other(job, arguments.peer, stage)
-        if arguments.peer:
-            print(f"{what}: {looks_like(job, batch, stage)}", flush=True)
+        whose, batch, theirs = _other(job, arguments.peer, stage)
+        print(f"{what}: {looks_like(job, batch, theirs)}", flush=True)
         found = alternate(engine_work(job, finish=stage == "all-cpu"), _work(job, batch), arguments.pairs)
         note = f"{what}, {len(job.views)} views of {job.views[0].crop_size} px, images of {pixels:.2f} MP"
         rows.append(row(id, note, "images/CPU-s", whose, found))
@@ -106,13 +104,13 @@ def engine_work(job: Job, finish: bool) -> Callable[[], int]:
     return lambda: sum(len(done(payload).index) for payload in engine.batches(slots(_BATCHES)))
 
 
-def _other(job: Job, name: str | None, stage: str) -> tuple[str, Batches]:
-    """Whose way a stage is compared with, and the way: solo-learn's does not stop after the crops, a peer's does."""
+def _other(job: Job, name: str | None, stage: str) -> tuple[str, Batches, str]:
+    """Whose way a stage is compared with, the way, and the stage that it ends with: solo-learn's never stops at the crops."""
     if name is not None:
         kind: Any = peer(name)
         other = kind(job, only_crops=stage == "cpu")
-        return other.name, other.batch
-    return _COPIES, PILBaseline(job).batch
+        return other.name, other.batch, stage
+    return _COPIES, PILBaseline(job).batch, "all-cpu"
 
 
 def _work(job: Job, batch: Batches) -> Callable[[], int]:

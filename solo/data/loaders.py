@@ -2,10 +2,11 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from solo.batch import Batch
@@ -17,6 +18,7 @@ from solo.data.engines.workers import explained, same, try_queues, worker_count
 from solo.data.random import order
 from solo.data.sources import ArraySource, Source
 
+Pixels = tuple[Tensor, list[int], list[tuple[int, str]]]  # [n, C, S, S] in 0..1, of which images; those that failed, and why
 _CLEAN_WORKERS_FROM = 2048  # images; below, starting workers costs more than they save
 
 
@@ -175,6 +177,13 @@ class _CleanMaker(Dataset):
         self._source, self._size, self._mean, self._std = source, size, mean, std
 
     def __getitem__(self, slot: Slot) -> Payload:
+        source = self._source
+        fits = isinstance(source, ArraySource) and source.images.shape[1:3] == (self._size, self._size)
+        pixels, shown, failed = _at_once(cast(ArraySource, source), slot) if fits else self._one_by_one(slot)
+        views = [normalise(pixels, self._mean, self._std)] if shown else []
+        return Payload(Batch(views, torch.from_numpy(source.labels[shown]), torch.tensor(shown, dtype=torch.long)), failed)
+
+    def _one_by_one(self, slot: Slot) -> Pixels:
         images, shown, failed = [], [], []
         for i in slot.samples.tolist():
             try:
@@ -182,6 +191,12 @@ class _CleanMaker(Dataset):
                 shown.append(i)
             except BadImage as error:
                 failed.append((i, str(error)))
-        index = torch.tensor(shown, dtype=torch.long)
-        views = [normalise(torch.stack(images), self._mean, self._std)] if images else []
-        return Payload(Batch(views, torch.from_numpy(self._source.labels[shown]), index), failed)
+        return torch.stack(images) if images else torch.empty(0), shown, failed
+
+
+def _at_once(source: ArraySource, slot: Slot) -> Pixels:
+    """The same bits of images that `clean` leaves as they are, brought into a tensor's order while they are still bytes."""
+    samples, unreadable = slot.samples.tolist(), source.unreadable
+    shown = [i for i in samples if i not in unreadable]
+    pixels = torch.from_numpy(source.images[shown]).movedim(-1, -3).clone(memory_format=torch.contiguous_format)
+    return pixels.float().div_(255), shown, [(i, unreadable[i]) for i in samples if i in unreadable]

@@ -42,6 +42,15 @@ def test_a_missed_goal_is_said(tmp_path):
     assert text.count("**no**") == 2 and "<= 50 ms" in text
 
 
+def test_the_bytes_that_no_bound_judges_name_their_goal(tmp_path):
+    what = "nnclr: gathered by a rank for an image of the global batch on 2 ranks"
+    _, text = page(tmp_path, [Row("S6", what, 5136.0, "bytes"), Row("S6", "nnclr: collectives", 2.0, "collectives")])
+    gathered, collectives = [line for line in text.splitlines() if line.startswith("| S6")]
+    assert gathered.endswith("| 5,136 bytes |  |  | 2 D + 8 bytes a row | **no** |")
+    assert collectives.endswith("| <= 2 collectives | yes |")
+    assert "S6's bytes are\nover their goal" in text
+
+
 def test_two_pairs_short_by_over_a_tenth_miss_a_goal_that_the_median_meets(tmp_path):
     rows = []
     for what, worst in (("one", (21.0, 24.0)), ("two", (21.0, 22.0))):

@@ -41,7 +41,7 @@ def test_views_and_crops_of_files(tmp_path):
         Image.fromarray(picture(i, 70, 90)).save(tmp_path / f"{i}.jpg")
     asked = job(FolderSource(tmp_path, 3, "data.train_path"))
     for stage, shape, kind in (("cpu", (4, 24, 24, 3), torch.uint8), ("all-cpu", (4, 3, 24, 24), torch.float32)):
-        name, batch = large._other(asked, "dali", stage)
+        name, batch, _ = large._other(asked, "dali", stage)
         view = batch(np.arange(4))[0]
         assert (tuple(view.shape), view.dtype, name) == (shape, kind, "DALI on the CPU")
 

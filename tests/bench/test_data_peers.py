@@ -1,17 +1,22 @@
 """Other programs are timed where they are installed, and only if their views look like ours."""
 
+import argparse
+import random
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from solo.bench import data, looks, measure
+from solo.bench import data, large, looks, measure
+from solo.bench.baselines.pil import PILBaseline
 from solo.bench.peers import PEERS
 from solo.data.config import DataConfig
 from solo.data.engines import Job, Slot
 from solo.data.engines.small import SmallEngine
+from solo.data.module import DataModule
 from solo.data.sources import ArraySource
 from solo.data.views import Chance
 from solo.errors import EnvironmentFault, NumericsError
@@ -71,6 +76,49 @@ def test_an_operation_that_a_peer_leaves_out_is_found(drawn, changes, trait):
     else:
         with pytest.raises(NumericsError, match=f"view 1 is {trait} to "):
             looks.looks(ours, theirs, images)
+
+
+# --- torchvision on PIL, beside which most rows are measured --------------------------------------------------------------
+
+
+def _published(monkeypatch, **without):
+    """A job on pictures in memory, and the published pipeline of its view but for ``without``."""
+    monkeypatch.setattr(data, "_LOOKED_AT", 512)
+    torch.manual_seed(0)
+    random.seed(0)
+    source = ArraySource(np.stack([picture(i, 16, 16) for i in range(512)]), np.zeros(512), ["a"])
+    job = Job(source, [full_view(16)], (0.5,) * 3, (0.2,) * 3, 1, DataConfig(dataset="fake"))
+    return job, PILBaseline(replace(job, views=[replace(job.views[0], **without)]))
+
+
+@pytest.mark.parametrize(("without", "trait"), [
+    ({}, None),
+    ({"horizontal_flip": Chance(prob=0.0)}, "mirrored"),
+    ({"solarization": Chance(prob=0.0)}, "solarised"),
+], ids=["as published", "no flip", "no solarisation"])
+def test_the_published_pipeline_is_looked_at(monkeypatch, without, trait):
+    job, baseline = _published(monkeypatch, **without)
+    if trait is None:
+        assert "grey, solarised, mirrored, sharp as ours are" in data.looks_like(job, baseline.batch)
+    else:
+        with pytest.raises(NumericsError, match=f"view 1 is {trait} to "):
+            data.looks_like(job, baseline.batch)
+
+
+def test_it_is_looked_at_before_it_is_timed(monkeypatch, tmp_path):
+    """Of images in memory and of files."""
+    job, _ = _published(monkeypatch)
+    monkeypatch.setattr(PILBaseline, "batch", lambda self, samples: [torch.zeros(len(samples), 3, 16, 16)])
+    monkeypatch.setattr(large, "_LOOKED_AT", 1)
+    for module in (data, large):
+        monkeypatch.setattr(module, "alternate", None)
+    with pytest.raises(NumericsError, match="do not look like ours"):
+        data.compare(job, 1, 64)
+    for i in range(32):
+        Image.fromarray(picture(i, 70, 90)).save(tmp_path / f"{i}.jpg")
+    files = DataModule(DataConfig(dataset="image_folder", train_path=str(tmp_path), num_workers=0), job.views, 32, seed=1)
+    with pytest.raises(NumericsError, match="do not look like ours"):
+        large.main(argparse.Namespace(recipe="x", peer=None, stage="cpu", pairs=1, no_write=True), files, "in224")
 
 
 def test_a_goal_may_be_the_peers(tmp_path):

@@ -4,6 +4,7 @@ Here are those that make a recipe's views. Their random numbers are their own, s
 batches of them look like. A folder with a peer's own losses and steps is for `solo.bench.peers.checkout`.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol
 
@@ -19,6 +20,7 @@ PEERS = {
     "kornia": "solo.bench.peers.kornia",
     "opencv": "solo.bench.peers.opencv",
 }
+Batches = Callable[[np.ndarray], list[Tensor]]  # the views of these samples
 
 
 class Peer(Protocol):
