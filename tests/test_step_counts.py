@@ -132,22 +132,23 @@ def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tm
 
 
 def _two(_, folder, method):
-    """Collectives of this rank's steps in an epoch of 40; a report comes after every fourth."""
-    with Collectives() as messages:
+    """Collectives and waits of this rank's steps in an epoch of 40; a report comes after every fourth."""
+    with Collectives() as messages, Waits() as waits:
         changes = {"data": {"train_size": 640}, "log_every_n_steps": 4, "health": {"every": 1000}}
-        steps = fit(Case(method), folder / str(rank()), [messages], max_epochs=1, devices=2, **changes)
-    return [steps.between(step, step + 1)[0] for step in range(39)]
+        steps = fit(Case(method), folder / str(rank()), [messages, waits], max_epochs=1, devices=2, **changes)
+    return [steps.between(step, step + 1) for step in range(39)]
 
 
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
 def test_collectives_of_a_step(method, tmp_path):
-    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Then one each of
-    `FiniteGuard`, the probe's gradient, the signals, and Lightning's own broadcast. A report adds one for all metrics
-    together; every second of these steps the ranks tell each other of unreadable images.
+    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Reduced: the
+    `Agreement`, for which alone a step waits, and the probe's gradient. A report adds one for all metrics together.
     """
     for steps in run_ranks(_two, tmp_path, method):
-        assert all(step == {"all_gather_into_tensor": 2, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
-        assert all(report - other == {"all_reduce": 1} for other, report in zip(steps[1::4], steps[3::4], strict=False))
+        for number, (sent, waits) in enumerate(steps):
+            reports = number % 4 == 3
+            assert sent == {"all_gather_into_tensor": 2, "all_reduce": 2 + reports}, number
+            assert waits == {"tolist": 1 + reports}, number
 
 
 @pytest.mark.slow
