@@ -2,7 +2,6 @@
 
 import gc
 import resource
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from solo import dist, optim
 from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
-from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
-from solo.bench.ranks import messages
+from solo.bench.counts import Collectives, Operations, Steps, Waits, search_of_a_gpu
+from solo.bench.ranks import messages, of_a_run
 from solo.bench.step import count, lars
 from solo.data.module import DataModule
 from solo.devices import settle
@@ -82,20 +81,6 @@ def test_a_teacher_follows_in_one_operation_and_in_place():
 # --- a whole run ---------------------------------------------------------------------------------------------------------
 
 
-class Steps(pl.Callback):
-    """What has been counted when each batch begins."""
-
-    def __init__(self, *counters):
-        self.counters, self.seen = counters, []
-
-    def on_train_batch_start(self, *_):
-        self.seen.append([Counter(counter.names) for counter in self.counters])
-
-    def between(self, first, last):
-        """Counted from the beginning of one step to that of another."""
-        return [b - a for a, b in zip(self.seen[first], self.seen[last], strict=True)]
-
-
 def run(case, folder, callbacks, **changes):
     """The trainer of a run, the method and the images."""
     config = case.experiment(folder, **changes)
@@ -149,6 +134,11 @@ def test_collectives_of_a_step(method, tmp_path):
             reports = number % 4 == 3
             assert sent == {"all_gather_into_tensor": 2, "all_reduce": 2 + reports}, number
             assert waits == {"tolist": 1 + reports}, number
+
+
+@pytest.mark.slow
+def test_the_bench_counts_those_of_a_run_too():
+    assert (of_a_run("nnclr").what, of_a_run("nnclr").value) == ("nnclr: collectives of a run's step on 2 ranks", 4)
 
 
 @pytest.mark.slow
