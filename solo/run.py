@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from solo import backbones, checkpoint, optim, pairs
+from solo.agreement import Agreement
 from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.failed import FailedStep
@@ -43,7 +44,7 @@ from solo.methods import METHODS, Method
 from solo.peers import together
 from solo.profiler import NoProfiler
 from solo.start import alike, begin
-from solo.strategy import Launcher, Strategy, meet
+from solo.strategy import EpochLoop, Launcher, Strategy, meet
 from solo.tuning import tuned
 
 
@@ -233,7 +234,9 @@ def _trainer(
         arguments["strategy"] = Strategy()
     classes = data.spec.classes
     provenance = {"format": checkpoint.FORMAT, "version": library_version(), "method": config.method, "config": config.record()}
-    callbacks: list[pl.Callback] = [Health(config.health) if config.health.enabled else FiniteGuard(), OverflowGuard()]
+    agreement = Agreement()
+    guard = Health(config.health, agreement) if config.health.enabled else FiniteGuard(agreement)
+    callbacks: list[pl.Callback] = [guard, OverflowGuard()]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
@@ -244,15 +247,15 @@ def _trainer(
         MetricsLogger(),
         RunProgress(),
         SettledCounters(),
-        AgreedCount(),
+        AgreedCount(agreement),
         FailedStep(run_dir, config.method),
-        Checkpointer(config.checkpoint, run_dir, provenance),
+        Checkpointer(config.checkpoint, run_dir, provenance, agreement),
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO(run_dir)]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers(config, run_dir),
@@ -262,6 +265,8 @@ def _trainer(
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
+    trainer.fit_loop.epoch_loop = EpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+    return trainer
 
 
 def main(values: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -50,6 +51,13 @@ class Strategy(DDPStrategy):
         if type(self._launcher) is _SubprocessScriptLauncher:
             assert self.cluster_environment is not None
             self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's, but ranks do not ask rank 0 before every batch whether its handler of SIGTERM, which is not in use, ran."""
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        pass
 
 
 class Launcher(_SubprocessScriptLauncher):

@@ -72,7 +72,7 @@ def test_a_route_on_which_no_signal_arrives_is_found(truths, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "defect", "kinds"),
     [
-        ("rank 1 of Lightning's launcher", ("agreed", lambda self, trainer, due: (self._signal, due)), {"hang"}),
+        ("rank 1 of Lightning's launcher", ("heard", lambda self, trainer: (self._signal, False)), {"hang"}),
         ("one process", ("save", lambda self, trainer, last=False: None), {"not saved"}),
         ("one process", ("leave", lambda self, trainer, number: exit(0)), {"exit", "said"}),
     ],

@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
 
 BASE = {
-    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "peers", "precision", "ranges",
+    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "agreement", "peers", "precision", "ranges",
     "pairs", "reading", "redaction", "schedules", "config_files", "files", "lease",
 }
 NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")

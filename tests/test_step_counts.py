@@ -2,7 +2,6 @@
 
 import gc
 import resource
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from solo import dist, optim
 from solo.backbones import BackboneConfig, build
 from solo.batch import Batch
 from solo.batching import ViewBatching
-from solo.bench.counts import Collectives, Operations, Waits, search_of_a_gpu
-from solo.bench.ranks import messages
+from solo.bench.counts import Collectives, Operations, Steps, Waits, search_of_a_gpu
+from solo.bench.ranks import messages, of_a_run
 from solo.bench.step import count, lars
 from solo.data.module import DataModule
 from solo.devices import settle
@@ -82,20 +81,6 @@ def test_a_teacher_follows_in_one_operation_and_in_place():
 # --- a whole run ---------------------------------------------------------------------------------------------------------
 
 
-class Steps(pl.Callback):
-    """What has been counted when each batch begins."""
-
-    def __init__(self, *counters):
-        self.counters, self.seen = counters, []
-
-    def on_train_batch_start(self, *_):
-        self.seen.append([Counter(counter.names) for counter in self.counters])
-
-    def between(self, first, last):
-        """Counted from the beginning of one step to that of another."""
-        return [b - a for a, b in zip(self.seen[first], self.seen[last], strict=True)]
-
-
 def run(case, folder, callbacks, **changes):
     """The trainer of a run, the method and the images."""
     config = case.experiment(folder, **changes)
@@ -132,22 +117,28 @@ def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tm
 
 
 def _two(_, folder, method):
-    """Collectives of this rank's steps in an epoch of 40; a report comes after every fourth."""
-    with Collectives() as messages:
+    """Collectives and waits of this rank's steps in an epoch of 40; a report comes after every fourth."""
+    with Collectives() as messages, Waits() as waits:
         changes = {"data": {"train_size": 640}, "log_every_n_steps": 4, "health": {"every": 1000}}
-        steps = fit(Case(method), folder / str(rank()), [messages], max_epochs=1, devices=2, **changes)
-    return [steps.between(step, step + 1)[0] for step in range(39)]
+        steps = fit(Case(method), folder / str(rank()), [messages, waits], max_epochs=1, devices=2, **changes)
+    return [steps.between(step, step + 1) for step in range(39)]
 
 
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
 def test_collectives_of_a_step(method, tmp_path):
-    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Then one each of
-    `FiniteGuard`, the probe's gradient, the signals, and Lightning's own broadcast. A report adds one for all metrics
-    together; every second of these steps the ranks tell each other of unreadable images.
+    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Reduced: the
+    `Agreement`, for which alone a step waits, and the probe's gradient. A report adds one for all metrics together.
     """
     for steps in run_ranks(_two, tmp_path, method):
-        assert all(step == {"all_gather_into_tensor": 2, "all_reduce": 3, "broadcast": 1} for step in steps[::2])
-        assert all(report - other == {"all_reduce": 1} for other, report in zip(steps[1::4], steps[3::4], strict=False))
+        for number, (sent, waits) in enumerate(steps):
+            reports = number % 4 == 3
+            assert sent == {"all_gather_into_tensor": 2, "all_reduce": 2 + reports}, number
+            assert waits == {"tolist": 1 + reports}, number
+
+
+@pytest.mark.slow
+def test_the_bench_counts_those_of_a_run_too():
+    assert (of_a_run("nnclr").what, of_a_run("nnclr").value) == ("nnclr: collectives of a run's step on 2 ranks", 4)
 
 
 @pytest.mark.slow

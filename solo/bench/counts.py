@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -142,3 +143,24 @@ class Collectives:
             return own(*args, **kwargs)
 
         return counted
+
+
+class Counting(Protocol):
+    """What counts by name."""
+
+    names: Counter[str]
+
+
+class Steps(pl.Callback):
+    """What has been counted when each batch of a run begins."""
+
+    def __init__(self, *counters: Counting) -> None:
+        self.counters = counters
+        self.seen: list[list[Counter[str]]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seen.append([Counter(counter.names) for counter in self.counters])
+
+    def between(self, first: int, last: int) -> list[Counter[str]]:
+        """Counted from the beginning of one step to that of another."""
+        return [b - a for a, b in zip(self.seen[first], self.seen[last], strict=True)]

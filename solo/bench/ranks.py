@@ -1,18 +1,23 @@
 """What a step costs between processes: collectives, bytes, and its time on two ranks beside one."""
 
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solo.batch import Batch
-from solo.bench.counts import Collectives
+from solo.bench.counts import Collectives, Steps
 from solo.bench.measure import Row
 from solo.bench.recipe import Step
+from solo.console import quiet_libraries
 from solo.dist import world_size
 from solo.methods import Method
+from solo.run import pretrain
 from solo.strategy import without_buffers
+from solo.testing.case import Case
 from solo.testing.ranks import run_ranks
 
 _IMAGES = 2         # of a rank, where it is counted
@@ -41,6 +46,22 @@ def counted(rank: int, method: str) -> tuple[int, int]:
     with Collectives() as seen:
         step()
     return sum(seen.names.values()), seen.received
+
+
+def of_a_run(method: str) -> Row:
+    """S6: what a rank of two sends in a step of a whole run, its callbacks' too, between two reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        sent = max(run_ranks(_counted_in_a_run, method, Path(folder)))
+    return Row("S6", f"{method}: collectives of a run's step on 2 ranks", sent, "collectives")
+
+
+def _counted_in_a_run(rank: int, method: str, folder: Path) -> int:
+    quiet_libraries()
+    config = Case(method).experiment(folder, devices=2, max_epochs=1, log_every_n_steps=4)
+    with Collectives() as seen:
+        steps = Steps(seen)
+        pretrain(config, [steps])
+    return sum(steps.between(1, 2)[0].values())
 
 
 def pace(method: str, batch: int, pairs: int) -> Row:

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
         rows += [entry for method in METHODS_MEASURED for entry in count(method)]
         rows += lars()
         rows += [entry for method in METHODS_MEASURED for entry in ranks.messages(method)]
+        rows += [ranks.of_a_run(method) for method in METHODS_MEASURED]
     if everything or arguments.overhead:
         rows.append(overhead(arguments.pairs))
     if arguments.peer:

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from solo import checkpoint as store
+from solo.agreement import Agreement
 from solo.callbacks.signals import SignalGuard
 from solo.console import warn
 from solo.dist import end_together
@@ -77,10 +78,13 @@ class Checkpointer(SignalGuard, Checkpoint):
         config: when to save.
         run_dir: the run's directory.
         provenance: plain values stored with each checkpoint, see `solo.checkpoint.provenance`.
+        agreement: see `SignalGuard`.
     """
 
-    def __init__(self, config: CheckpointConfig, run_dir: Path, provenance: dict[str, Any]) -> None:
-        super().__init__()
+    def __init__(
+        self, config: CheckpointConfig, run_dir: Path, provenance: dict[str, Any], agreement: Agreement | None = None
+    ) -> None:
+        super().__init__(agreement)
         self.config = config
         self.run_dir = run_dir
         self.folder = run_dir / "checkpoints"
@@ -97,11 +101,11 @@ class Checkpointer(SignalGuard, Checkpoint):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["solo"] = json.dumps(self.provenance)
 
-    def due(self, trainer: pl.Trainer) -> bool:
+    def due(self, trainer: pl.Trainer, step: int) -> bool:
         """By rank 0's clock; a save that failed is tried again after ``minutes``, which a full disk may need."""
         if not trainer.is_global_zero or not self.config.minutes:
             return trainer.is_global_zero
-        passed, steps = time.monotonic() - self._tried_at, trainer.global_step - self._tried_step
+        passed, steps = time.monotonic() - self._tried_at, step - self._tried_step
         share = self.config.epoch_share * trainer.num_training_batches / trainer.accumulate_grad_batches
         enough = passed >= 60 * self.config.minutes or (steps >= share > 0 and passed >= LEAST and not self._failures)
         return enough and passed * self.config.stall >= self._took * (1 - self.config.stall)

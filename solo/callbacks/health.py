@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from solo.agreement import Agreement
 from solo.batch import Batch
 from solo.callbacks.failed import not_finite
 from solo.callbacks.signs import WORDS, Motion, effective_rank, feature_std, jump, of_modules
@@ -61,12 +62,17 @@ class HealthConfig:
 class FiniteGuard(Callback):
     """Ends a run on all ranks at the first non-finite loss or gradient, before its weights change.
 
+    Args:
+        agreement: what else the ranks tell each other at the same time.
+
     Raises:
         NumericsError: naming method, step (counted from 1 as the loggers count), rate and tensors; these are rank 0's.
     """
 
-    _bad: Tensor | None = None
-    _batch: Any = None
+    def __init__(self, agreement: Agreement | None = None) -> None:
+        self.agreement = agreement or Agreement()
+        self._bad: Tensor | None = None
+        self._batch: Any = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
@@ -82,9 +88,9 @@ class FiniteGuard(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a scaler expects overflows and skips them
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             gradient_bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients)).reshape(loss_bad.shape)
-        found = all_reduce(torch.stack([loss_bad, gradient_bad]).float()).tolist()  # the one host sync of a step
-        if any(found):
-            what, step = "loss" if found[0] else "gradient", trainer.global_step
+        found = self.agreement.reach(loss=loss_bad, gradient=gradient_bad)         # the one host sync of a step
+        if what := next((what for what in ("loss", "gradient") if any(found[what])), ""):
+            step = trainer.global_step
             names = not_finite(self._batch, pl_module)
             tensors = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             end_together(NumericsError(
@@ -107,7 +113,8 @@ class Health(FiniteGuard):
             last train batch, ``teacher_distance`` and ``own_neighbours`` (`solo.callbacks.signs`), where they were measured.
     """
 
-    def __init__(self, config: HealthConfig | None = None) -> None:
+    def __init__(self, config: HealthConfig | None = None, agreement: Agreement | None = None) -> None:
+        super().__init__(agreement)
         self.config = config or HealthConfig()
         self.step_scalars: dict[str, Tensor] = {}
         self._signs: dict[str, int] = {}

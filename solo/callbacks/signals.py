@@ -9,23 +9,32 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from solo.dist import all_reduce, end_together, world_size
+from solo.agreement import Agreement, of_each_rank
+from solo.dist import end_together, world_size
 from solo.errors import Interrupted, hearing
 
 
 class SignalGuard(Callback):
     """Ends the training with `Interrupted` after the optimizer step in which a signal came.
 
-    A signal only sets a flag; after the step all ranks agree on it and leave. Lightning's own handlers act inside the
+    A signal only sets a flag; all ranks agree on it and leave after the step. Lightning's own handlers act inside the
     handler, where a collective hangs, or end the run as if it were complete.
+
+    Args:
+        agreement: in which several ranks say what has come before the update of a step, of the `FiniteGuard` that reaches
+            it; what comes later is heard in the next step. Without it they ask each other after each step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Agreement | None = None) -> None:
+        self.agreement = agreement
         self._signal = 0
         self._ears = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ears.enter_context(hearing(self._note))
+        if self.agreement is not None:
+            self.agreement.add("signal", lambda: self._signal)
+            self.agreement.add("save", lambda: self.due(trainer, trainer.global_step + 1))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._ears.close()
@@ -44,7 +53,7 @@ class SignalGuard(Callback):
         last = batch_idx + 1 == trainer.num_training_batches        # the end of the epoch asks again, after validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        number, due = self.agreed(trainer, self.due(trainer))
+        number, due = self.heard(trainer)
         if number or due:
             self.save(trainer, last=bool(number))
         if number:
@@ -58,8 +67,8 @@ class SignalGuard(Callback):
 
     # --- what a guard that saves makes of it -----------------------------------------------------------------------
 
-    def due(self, trainer: pl.Trainer) -> bool:
-        """Whether this rank wants to save in the middle of the epoch."""
+    def due(self, trainer: pl.Trainer, step: int) -> bool:
+        """Whether this rank wants to save in the middle of the epoch, at the end of this step."""
         return False
 
     def save(self, trainer: pl.Trainer, last: bool = False) -> None:
@@ -74,20 +83,18 @@ class SignalGuard(Callback):
 
     # --- together --------------------------------------------------------------------------------------------------
 
-    def agreed(self, trainer: pl.Trainer, due: bool) -> tuple[int, bool]:
-        """The signal that all ranks obey, or 0, and whether one wishes to save.
+    def heard(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """`agreed` of the step that ends."""
+        if self.agreement is None or world_size() == 1:
+            return self.agreed(trainer, self.due(trainer, trainer.global_step))
+        return _obeyed(self.agreement.found["signal"]), any(self.agreement.found["save"])
 
-        The warning of a queue counts for more than the signal that ends a job: what it ended is not put back.
-        """
+    def agreed(self, trainer: pl.Trainer, due: bool) -> tuple[int, bool]:
+        """The signal that all ranks obey, or 0, and whether one wishes to save; asked now."""
         if world_size() == 1:
             return self._signal, due
-        wishes = torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device)
-        everyone = torch.zeros(world_size(), 2, dtype=wishes.dtype, device=wishes.device)
-        everyone[trainer.global_rank] = wishes
-        numbers, wishes_of_all = all_reduce(everyone).T.tolist()
-        heard = [number for number in numbers if number]
-        warned = [number for number in heard if number in (signal.SIGUSR1, signal.SIGUSR2)]
-        return next(iter(warned + heard), 0), any(wishes_of_all)
+        numbers, wishes = of_each_rank(torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device))
+        return _obeyed(numbers), any(wishes)
 
     def leave(self, trainer: pl.Trainer, number: int) -> NoReturn:
         """End all ranks.
@@ -97,3 +104,10 @@ class SignalGuard(Callback):
         """
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         end_together(Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}", number))
+
+
+def _obeyed(numbers: list[float]) -> int:
+    """The warning of a queue counts for more than the signal that ends a job: what it ended is not put back."""
+    came = [int(number) for number in numbers if number]
+    warned = [number for number in came if number in (signal.SIGUSR1, signal.SIGUSR2)]
+    return next(iter(warned + came), 0)

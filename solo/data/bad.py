@@ -12,6 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from solo.agreement import Agreement
 from solo.data.decoding import BadImage
 from solo.data.random import integers
 from solo.data.sources import Source
@@ -81,6 +82,11 @@ class BadImages:
     @property
     def count(self) -> int:
         return len(self._reasons)
+
+    @property
+    def unsaid(self) -> int:
+        """How many of them the other ranks do not know of."""
+        return len(self._unsaid)
 
     @property
     def names(self) -> list[str]:
@@ -191,12 +197,20 @@ def _names(file: BinaryIO) -> set[str]:
 class AgreedCount(pl.Callback):
     """Makes the unreadable images of a `DataModule` those of all ranks: before training, `OFTEN` times in an epoch, at its
     end and at each save, so that a run with too many of them stops within the epoch that shows it.
+
+    Args:
+        agreement: in which the ranks say whether there are any to tell of; without it they tell each other even of none.
     """
 
     OFTEN = 20
 
+    def __init__(self, agreement: Agreement | None = None) -> None:
+        self.agreement = agreement
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)
+        if self.agreement is not None:
+            self.agreement.add("unreadable", lambda: sum(bad.unsaid for bad in self._all(trainer)))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._agree(trainer)
@@ -210,12 +224,17 @@ class AgreedCount(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         interval = max(1, int(trainer.num_training_batches) // self.OFTEN)
         if world_size() > 1 and (trainer.fit_loop.batch_idx + 1) % interval == 0:
-            self._agree(trainer)
+            if self.agreement is None or any(self.agreement.found.get("unreadable", [1])):
+                self._agree(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)
 
     def _agree(self, trainer: pl.Trainer) -> None:
-        for bad in (trainer.datamodule.bad, trainer.datamodule.bad_val):  # type: ignore[attr-defined]
-            if bad is not None:
-                bad.agree(trainer.strategy.root_device)
+        for bad in self._all(trainer):
+            bad.agree(trainer.strategy.root_device)
+
+    @staticmethod
+    def _all(trainer: pl.Trainer) -> list[BadImages]:
+        both = trainer.datamodule.bad, trainer.datamodule.bad_val  # type: ignore[attr-defined]
+        return [bad for bad in both if bad is not None]

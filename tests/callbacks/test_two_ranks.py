@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from solo.agreement import Agreement
+from solo.bench.counts import Collectives
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.dist import all_reduce
@@ -69,3 +71,17 @@ def test_a_non_finite_loss_on_one_rank_stops_both():
     first, second = run_ranks(guard)
     assert second == "SystemExit 0"     # one voice
     assert first.startswith("NumericsError non-finite loss of Linear at step 7 (epoch 1, lr 1; not finite: the loss alone)")
+
+
+def facts(rank):
+    agreement = Agreement()
+    agreement.add("signal", lambda: 15 * rank)
+    agreement.add("save", lambda: False)
+    with Collectives() as sent:
+        found = agreement.reach(loss=torch.tensor(rank == 0), gradient=torch.tensor(False))
+    assert sent.names == {"all_reduce": 1} and found == agreement.found
+    return found
+
+
+def test_all_that_ranks_tell_each_other_at_a_step_is_one_message():
+    assert run_ranks(facts) == [{"loss": [1, 0], "gradient": [0, 0], "signal": [0, 15], "save": [0, 0]}] * 2

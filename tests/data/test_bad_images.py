@@ -294,3 +294,9 @@ def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pyt
         for loop.batch_idx in range(batches):
             bad_file.AgreedCount().on_train_batch_end(trainer, None)  # type: ignore[arg-type]
         assert len(asked) == (times if world == 2 else 0)
+    for met, more in ((0, 0), (1, times)):          # by one of the ranks, as all know
+        asked.clear()
+        count = bad_file.AgreedCount(SimpleNamespace(found={"unreadable": [0, met]}))  # type: ignore[arg-type]
+        for loop.batch_idx in range(batches):
+            count.on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+        assert len(asked) == more
