@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint
+from solo.callbacks import knn
+from solo.callbacks.signals import heeding
 from solo.data.module import DataModule
 from solo.errors import Interrupted, hearing, reported
 from solo.experiment import experiment
@@ -107,6 +109,39 @@ def test_before_the_first_step_and_while_validating(whole, tmp_path, hook, step)
         pretrain(experiment(content(tmp_path)), [Strike(hook)])
     assert_same(state(checkpoint.read(only(tmp_path))), state(checkpoint.read(whole / f"{step}.ckpt")))
     result = pretrain(experiment(content(tmp_path)))
+    assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
+
+
+@pytest.mark.parametrize("place", ["a batch", "the bank of k-NN"])
+def test_a_validation_is_broken_off_between_two_batches(whole, tmp_path, monkeypatch, place):
+    """It may take longer than a queue's warning allows. The run that goes on leaves that one out and trains the same bits."""
+    shown, longer = [], {"knn": {"enabled": True, "k": [2]}}
+
+    class Shown(pl.Callback):
+        def on_validation_batch_start(self, *_):
+            shown.append("query")
+            if place == "a batch":
+                signal.raise_signal(signal.SIGUSR2)
+
+    def bank(trainer, batches):
+        def noted():
+            for batch in batches:
+                shown.append("bank")
+                yield batch
+                signal.raise_signal(signal.SIGUSR2)
+        return heeding(trainer, noted())
+
+    if place != "a batch":
+        monkeypatch.setattr(knn, "heeding", bank)
+    with pytest.raises(Interrupted, match="step 8: saved .*; the validation of this epoch is left out$") as left:
+        pretrain(experiment(content(tmp_path, **longer)), [Shown()])
+    assert left.value.exit_code == 128 + signal.SIGUSR2
+    assert shown == (["query"] if place == "a batch" else ["query"] * shown.count("query") + ["bank"] * 2)
+    assert_same(state(checkpoint.read(only(tmp_path))), state(checkpoint.read(whole / "8.ckpt")))
+    monkeypatch.undo()
+    seen = EveryStep(None)
+    result = pretrain(experiment(content(tmp_path, **longer)), [seen])
+    assert sorted(seen.losses) == list(range(9, 17))
     assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
 
 

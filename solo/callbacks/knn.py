@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from solo.batch import Batch
+from solo.callbacks.signals import heeding
 from solo.dist import all_reduce
 from solo.eval.features import Features, extract
 from solo.eval.knn import Distance, Vote, knn_hits, percent
@@ -83,7 +84,7 @@ class KNNCallback(Callback):
         self._feats, self._labels = [], []
         loader = trainer.datamodule.clean_loader(train=True, limit=self.config.max_train)  # type: ignore[attr-defined]
         with trainer.precision_plugin.forward_context():
-            bank = extract(pl_module.backbone, loader, pl_module.device)  # type: ignore[arg-type]
+            bank = extract(pl_module.backbone, heeding(trainer, loader), pl_module.device)  # type: ignore[arg-type]
         if not len(bank.labelled().labels):
             self._give_up(trainer, "train")
             return

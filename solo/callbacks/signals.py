@@ -1,9 +1,10 @@
 """The signals that ask a run to end, obeyed between two optimizer steps and by all ranks at once."""
 
 import signal
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -12,6 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from solo.agreement import Agreement, of_each_rank
 from solo.dist import end_together, world_size
 from solo.errors import Interrupted, hearing
+
+T = TypeVar("T")
 
 
 class SignalGuard(Callback):
@@ -59,6 +62,21 @@ class SignalGuard(Callback):
         if number:
             self.leave(trainer, number)
 
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.break_off(trainer)
+
+    def break_off(self, trainer: pl.Trainer) -> None:
+        """End one process between two batches of the validation behind an epoch; the state is that of the epoch's end.
+
+        Several ranks finish it: one may have fewer batches than another, so there is no batch at which all could agree.
+        """
+        if self._signal and world_size() == 1 and trainer.is_last_batch:
+            self.end_epoch(trainer, True)
+            self.leave(trainer, self._signal, "; the validation of this epoch is left out")
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         number, _ = self.agreed(trainer, False)
         self.end_epoch(trainer, bool(number))
@@ -96,14 +114,23 @@ class SignalGuard(Callback):
         numbers, wishes = of_each_rank(torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device))
         return _obeyed(numbers), any(wishes)
 
-    def leave(self, trainer: pl.Trainer, number: int) -> NoReturn:
+    def leave(self, trainer: pl.Trainer, number: int, note: str = "") -> NoReturn:
         """End all ranks.
 
         Raises:
             Interrupted: on rank 0.
         """
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
-        end_together(Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}", number))
+        end_together(Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}{note}", number))
+
+
+def heeding(trainer: pl.Trainer, batches: Iterable[T]) -> Iterator[T]:
+    """Batches of a validation, between which the trainer's guards may break it off."""
+    for batch in batches:
+        for guard in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(guard, SignalGuard):
+                guard.break_off(trainer)
+        yield batch
 
 
 def _obeyed(numbers: list[float]) -> int:
