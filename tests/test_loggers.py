@@ -6,10 +6,10 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
 
-from solo import checkpoint, loggers
+from solo import checkpoint, loggers, spared
 from solo.experiment import experiment
-from solo.loggers import Spared
 from solo.run import pretrain
+from solo.spared import Spared
 from tests.tiny import values
 
 
@@ -32,12 +32,12 @@ def up(monkeypatch):
 
 
 def warnings(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "solo.loggers"]
+    return [record.getMessage() for record in caplog.records if record.name == "solo.spared"]
 
 
 def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplog):
     clock = [1000.0]
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(spared.time, "monotonic", lambda: clock[0])
     logger = Spared("x", lambda: Server(tmp_path), rests=True)
     logger.log_metrics({"a": 1.0}, 1)
     Server.down = True
@@ -45,7 +45,7 @@ def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplo
         logger.log_metrics({"a": 1.0}, step)
     said = "logger x fails (ConnectionError: the server cannot be reached and has more to say); training goes on, 1 lost so far"
     assert warnings(caplog) == [said]
-    clock[0] += loggers.AGAIN
+    clock[0] += spared.AGAIN
     logger.log_metrics({"a": 1.0}, 100)
     assert len(warnings(caplog)) == 2 and "101 lost so far" in warnings(caplog)[1]
     Server.down = False
@@ -58,7 +58,7 @@ def test_one_warning_in_five_minutes_and_back_again(tmp_path, monkeypatch, caplo
 
 
 def test_down_at_the_start_is_tried_again(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: 1000.0)          # refusals that cost nothing
+    monkeypatch.setattr(spared.time, "monotonic", lambda: 1000.0)          # refusals that cost nothing
 
     def make():
         if Server.down:
@@ -80,7 +80,7 @@ def test_down_at_the_start_is_tried_again(tmp_path, monkeypatch, caplog):
 def test_a_server_that_lets_one_wait_is_asked_seldom(tmp_path, monkeypatch, caplog):
     """Weights & Biases gives up after 40 s: asked at every step, it would stop a run that it cannot end."""
     clock, asked = [1000.0], []
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(spared.time, "monotonic", lambda: clock[0])
 
     def make():
         asked.append(clock[0])
@@ -98,7 +98,7 @@ def test_a_server_that_lets_one_wait_is_asked_seldom(tmp_path, monkeypatch, capl
 def test_the_end_of_a_run_is_reported_during_a_rest_as_well(tmp_path, monkeypatch, caplog):
     """Else a server that failed once, hours ago or a minute, never learns that the run is complete."""
     clock, ends = [1000.0], []
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(spared.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(Server, "finalize", lambda self, status: ends.append(status))
 
     def slow(self, metrics, step=None):
@@ -119,7 +119,7 @@ def test_the_end_of_a_run_is_reported_during_a_rest_as_well(tmp_path, monkeypatc
 def test_what_files_do_not_take_for_a_while_costs_no_later_row(tmp_path, monkeypatch):
     """A disk that took its time to refuse: the next rows, and what a checkpoint goes on behind, are written."""
     clock = [1000.0]
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(spared.time, "monotonic", lambda: clock[0])
     config = experiment({**values("nnclr", tmp_path), "loggers": ["csv"]})
     (logger,) = loggers.loggers(config, tmp_path)
 

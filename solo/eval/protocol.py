@@ -23,10 +23,11 @@ from solo.devices import MAX_EPOCHS, settle
 from solo.errors import ConfigError
 from solo.eval.linear import Classifier, LinearConfig
 from solo.eval.prepare import data_config, data_module
-from solo.eval.results import record, run_directory, show, writable
+from solo.eval.results import record, run_directory, show, unwritable, writable
 from solo.export import Pretrained, load
 from solo.files import write_file
 from solo.optim import scaled_lr
+from solo.spared import Spared
 
 
 def evaluate_linear(
@@ -102,7 +103,8 @@ def _suits(config: LinearConfig, images: int, global_batch: int) -> None:
 
 def _trainer(config: LinearConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     try:
-        return pl.Trainer(**config.trainer, callbacks=[*callbacks, AgreedCount()], logger=CSVLogger(folder, name="csv"),
+        return pl.Trainer(**config.trainer, callbacks=[*callbacks, AgreedCount()],
+                          logger=Spared("csv", lambda: CSVLogger(folder, name="csv"), rests=False),
                           default_root_dir=folder, enable_checkpointing=False, use_distributed_sampler=False,
                           enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks))
     except (MisconfigurationException, TypeError, ValueError) as error:
@@ -118,16 +120,23 @@ def _keep(
     model: Classifier,
     accuracy: dict[str, float],
 ) -> None:
-    """The trained weights, the images used, the numbers; and a table."""
-    buffer = io.BytesIO()
-    torch.save((model if config.finetune else model.head).state_dict(), buffer)
-    write_file(output / name / "weights.pt", buffer.getvalue())
-    write_file(output / name / "indices.json", json.dumps(data.selected.tolist()).encode())
+    """The numbers in a table, whatever the disk takes; then the trained weights, the images used, and the numbers again.
+
+    Raises:
+        EnvironmentFault: a file cannot be written.
+    """
     what = "all weights fine-tuned" if config.finetune else "linear classifier on frozen features"
     protocol = (f"{what}, {len(data.selected)} labelled train images ({100 * data.config.fraction:g} %), "
                 f"{config.trainer['max_epochs']} epochs, {config.optimizer.name}, validation split")
     show(f"{name} · {source.path}", ["accuracy in %", "top-1", "top-5", "best top-1"],
          [["last epoch", accuracy["acc1"], accuracy["acc5"], accuracy["best_acc1"]]], protocol)
+    buffer = io.BytesIO()
+    torch.save((model if config.finetune else model.head).state_dict(), buffer)
+    try:
+        write_file(output / name / "weights.pt", buffer.getvalue())
+        write_file(output / name / "indices.json", json.dumps(data.selected.tolist()).encode())
+    except OSError as error:
+        raise unwritable(output / name, error) from error
     path = record(output, name, {
         "metric": "accuracy in percent", "protocol": protocol, "results": accuracy, "indices": f"{name}/indices.json",
         "checkpoint": str(source.path), "checkpoint_sha256": source.sha256,

@@ -58,8 +58,13 @@ def record(directory: Path, section: str, content: Any) -> Path:
         results = results if isinstance(results, dict) else {}
         write_file(path, json.dumps({**results, section: redacted(content)}, indent=2).encode())
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}; output=FOLDER writes elsewhere") from error
+        raise unwritable(path, error) from error
     return path
+
+
+def unwritable(path: Path, error: OSError) -> EnvironmentFault:
+    """What ends a command whose results find no place."""
+    return EnvironmentFault(f"{path} cannot be written: {error.strerror}; output=FOLDER writes elsewhere")
 
 
 def show(title: str, columns: list[str], rows: list[list[Any]], caption: str = "") -> None:

@@ -19,7 +19,7 @@ from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.module import DataModule
 from solo.data.sources import ArraySource
-from solo.errors import ConfigError, DataError
+from solo.errors import ConfigError, DataError, reported
 from solo.eval.features import Features
 from solo.eval.linear import Classifier, LinearConfig, linear_accuracy
 from solo.eval.protocol import evaluate_linear
@@ -208,6 +208,19 @@ def test_protocol_finetunes_to_another_folder(tmp_path):
     evaluate_linear(request, TRAINER_ARGUMENTS)
     assert "finetune" in json.loads((tmp_path / "out" / "results.json").read_text())
     assert not (run / "results.json").exists() and checkpoint.digest(run / "checkpoints" / "step7.ckpt") == before
+
+
+def test_a_disk_that_takes_nothing_ends_it_in_one_line_behind_the_numbers(tmp_path, capsys):
+    """A file where the folder was to be: neither the logger nor the results can be written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "linear").write_text("in the way")
+    request = {"checkpoint": str(make_run(tmp_path / "run")), "output": str(tmp_path / "out"), **QUICK, "max_epochs": 1}
+    with pytest.raises(SystemExit) as left, reported():
+        evaluate_linear(request, TRAINER_ARGUMENTS)
+    said = capsys.readouterr()
+    assert left.value.code == 5 and "last epoch" in said.out
+    (line,) = [line for line in said.err.splitlines() if "error" in line]
+    assert line.startswith(f"environment error: {tmp_path}/out/linear cannot be written: ") and "output=FOLDER" in line
 
 
 @pytest.mark.parametrize("change, message", [
