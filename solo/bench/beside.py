@@ -126,6 +126,8 @@ class Turns(EpochClock):
             began = now()
             self._others[which]()
             self.pairs[which].append((self.seconds[-1], now() - began))
+            ours, theirs = self.pairs[which][-1]
+            print(f"epoch {len(self.seconds)}: {ours:.3f} s, the peer's {theirs:.3f} s", flush=True)
 
 
 class Busy(pl.Callback):
@@ -137,7 +139,7 @@ class Busy(pl.Callback):
         epoch: which, from 0.
     """
 
-    share: float
+    share: float | None = None          # None: the profiler has seen nothing
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
@@ -156,7 +158,10 @@ class Busy(pl.Callback):
         if self._profile is not None and batch_idx == last:
             now()
             self._profile.stop()
-            self.share = computing(_events(self._profile))
+            try:
+                self.share = computing(_events(self._profile))
+            except EnvironmentFault as fault:       # the epochs that were timed are worth their rows
+                print(f"no share of time busy: {fault}", flush=True)
             self._profile = None
 
     def _first(self, trainer: pl.Trainer) -> int:
@@ -246,8 +251,9 @@ def _epochs(
     rows = [
         Row(id, f"{what}, {span}, end to end (wall)", images / seconds, "images/s"),
         Row(id, f"{what}, {span}, end to end (wall)", seconds, "s/epoch"),
-        Row(id, f"{what}, an epoch under the profiler", 100 * busy.share, "% busy"),
     ]
+    if busy.share is not None:
+        rows.append(Row(id, f"{what}, an epoch under the profiler", 100 * busy.share, "% busy"))
     for each, pairs in zip(workers, turns.pairs, strict=True):
         found = Comparison(tuple((images / a, images / b) for a, b in pairs[1:]))
         peer = f"solo-learn's pipeline and step, {each} workers"

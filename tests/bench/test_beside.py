@@ -39,6 +39,14 @@ def test_a_trace_without_operations_is_said(events):
         computing(events)
 
 
+def test_a_trace_without_operations_costs_only_the_share(monkeypatch, capsys):
+    monkeypatch.setattr(beside, "_events", lambda _: [])
+    busy, trainer = beside.Busy(0), SimpleNamespace(current_epoch=0, num_training_batches=1)
+    busy.on_train_batch_start(trainer, None, None, 0)
+    busy.on_train_batch_end(trainer, None, None, None, 0)
+    assert busy.share is None and "no share of time busy: torch.profiler has recorded" in capsys.readouterr().out
+
+
 def test_each_of_the_others_has_its_turn_and_then_none(monkeypatch):
     clock, order = [0.0], []
 
