@@ -79,7 +79,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m solo.bench gpu", description=__doc__)
     kernel.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one .npz of encoded images (data.dataset=npz)")
-    parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar, 5,120 or more (data.dataset=tar)")
+    parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar; a few are repeated (data.dataset=tar)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")
     parser.add_argument("--epochs", type=int, help="of the training, e.g. 200 for E4; by default as many as fit")
     parser.add_argument("--method", choices=METHODS, default="nnclr", help="of the training")

@@ -12,6 +12,8 @@ from PIL import Image
 from solo.bench import beside, step
 from solo.bench.baselines import step as published
 from solo.bench.beside import Turns, computing
+from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
 from solo.errors import ConfigError, EnvironmentFault
 from tests.conftest import ROOT
 from tests.test_learn import TINY, npz
@@ -89,6 +91,14 @@ def jpegs(path: Path, count: int) -> Path:
             member.size = file.tell()
             archive.addfile(member, io.BytesIO(file.getvalue()))
     return path
+
+
+def test_a_few_images_are_repeated(tmp_path):
+    few = jpegs(tmp_path / "few.tar", 4)
+    sources = [DATASETS["tar"].open(DataConfig(dataset="tar", train_path=str(path)), True)
+               for path in (few, beside.repeated(few, tmp_path / "many.tar", 3))]
+    assert [len(source) for source in sources] == [4, 12]
+    assert [np.bincount(source.labels).tolist() for source in sources] == [[2, 2], [6, 6]]
 
 
 @pytest.mark.slow
