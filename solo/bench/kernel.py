@@ -169,16 +169,16 @@ def nearest_rows(id: str, device: str, scale: Scale) -> list[Row]:
     k, length, sizes = (1, scale.queue, (scale.small, scale.batch)) if id == "K3" else (5, scale.longer, (scale.small,))
     found = []
     for n in sizes:
-        views = [plain.unit(2, n, scale.width, device=device, seed=i).unbind() for i in range(SETS)]
+        both = [plain.unit(2 * n, scale.width, device=device, seed=i) for i in range(SETS)]      # as the methods give them
         queues = [plain.unit(length, scale.width, device=device, seed=9 + i) for i in range(SETS)]
         shadows = [queue.bfloat16() for queue in queues]
 
-        def ours(i: int, views: list = views, queues: list = queues, shadows: list = shadows) -> Tensor:
-            return neighbours(torch.cat(views[i]), queues[i], k, shadow=shadows[i])
+        def ours(i: int, both: list = both, queues: list = queues, shadows: list = shadows) -> Tensor:
+            return neighbours(both[i], queues[i], k, shadow=shadows[i])
 
-        def peer(i: int, views: list = views, queues: list = queues) -> Tensor:
+        def peer(i: int, both: list = both, queues: list = queues) -> Tensor:
             with torch.autocast(device, torch.bfloat16):
-                return (plain.nearest if k == 1 else plain.five_nearest)(views[i], queues[i])
+                return (plain.nearest if k == 1 else plain.five_nearest)(both[i].chunk(2), queues[i])
 
         what = f"nearest {k} of {length}, 2 x {n}, D={scale.width}"
         flops = 2 * 2 * n * length * scale.width
