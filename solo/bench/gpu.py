@@ -21,7 +21,7 @@ from solo.bench.measure import Row, provenance, table, told, write
 from solo.errors import ConfigError, EnvironmentFault, Parser
 
 METHODS = ("nnclr", "all4one", "sce")
-_KERNELS = ("K1", "K2", "K3", "K4")     # not written where KC found wrong numbers
+_KERNELS = ("K1", "K2", "K3", "K4")     # not written where KC or KT found wrong numbers
 _TOO_SHORT = 20             # epochs of a schedule that is not worth its row
 _SAME = ("revision", "hardware", "versions", "setting")     # of a row that is not measured again
 _VALIDATION = 1.25          # an epoch with its validation beside one without
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     failed: list[str] = []
     for id, stage in stages:
         setting = _setting(arguments.overrides) if id in ("E1", "E2", "E3") else ""
-        trusted = not (id in _KERNELS and "KC" in failed)
+        trusted = not (id in _KERNELS and {"KC", "KT"} & {*failed})
         rows += _guarded(id, partial(_once, id, stage, path, setting, trusted), failed)
     if arguments.tar is None:
         print("no --tar: E3 from JPEGs is left out")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from solo.bench import epochs, gpu, kernel
+from solo.bench import epochs, gpu, kernel, measure
 from solo.bench.measure import Row, write
 from solo.errors import ConfigError, EnvironmentFault
 from tests.conftest import ROOT
@@ -80,6 +80,24 @@ def test_rows_of_another_revision_are_not_kept(dry, monkeypatch):
     assert list(gpu._kept(dry, "K1")) == [Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6, (4.0, 5.0))]
     monkeypatch.setattr("solo.bench.measure._revision", lambda: "another")
     assert list(gpu._kept(dry, "K1")) == []
+
+
+def test_code_without_its_history_is_known_by_its_contents(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure._revision().startswith("files ")
+    (tmp_path / "a.py").write_text("x = 1")
+    first = measure._contents(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    assert measure._contents(tmp_path) != first
+
+
+def test_the_kernels_own_tests_count_or_fail(monkeypatch, capsys):
+    done = SimpleNamespace(returncode=0, stdout="7 passed in 1 s", stderr="")
+    monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: done)
+    assert [row.value for row in kernel.kernel_tests()] == [7.0]
+    done.returncode, done.stdout = 1, "1 failed, 6 passed in 1 s"
+    with pytest.raises(AssertionError, match="own tests fail on this GPU"):
+        kernel.kernel_tests()
 
 
 def test_wrong_numbers_stop_the_run(dry, monkeypatch):
