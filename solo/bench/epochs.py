@@ -61,6 +61,7 @@ class Board(pl.Callback):
         found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         seconds = self._earlier + now() - self._began
         self.curve.append({"epoch": trainer.current_epoch + 1, "seconds": seconds, **found})
+        print(", ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()), flush=True)
 
     def rows(self, method: str) -> list[Row]:
         """When each mark was first reached, and how it ended; marks that were not reached have no row."""

@@ -3,23 +3,25 @@
 Ceilings, correctness of the kernels, K1-K5; with ``--data FILE.npz`` (CIFAR-10 as encoded images) E1 and E2; E3 on synthetic
 images, and with ``--tar FILE.tar`` from JPEGs; and in the time that is left a CIFAR-10 training whose schedule is as long as
 fits. Rows are written as they come; what the results file has for this revision, this hardware and this torch is not measured
-again, and a training that was cut off goes on.
+again, and a training that was cut off goes on. A stage that fails ends no other one: the exit status tells of it.
 """
 
 import argparse
 import csv
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from solo.bench import beside, kernel
 from solo.bench.device import clocks
-from solo.bench.epochs import board
+from solo.bench.epochs import board, speed
 from solo.bench.measure import Row, provenance, table, told, write
-from solo.errors import ConfigError, Parser
+from solo.errors import ConfigError, EnvironmentFault, Parser
 
 METHODS = ("nnclr", "all4one", "sce")
+_KERNELS = ("K1", "K2", "K3", "K4")     # not written where KC or KT found wrong numbers
 _TOO_SHORT = 20             # epochs of a schedule that is not worth its row
 _SAME = ("revision", "hardware", "versions", "setting")     # of a row that is not measured again
 _VALIDATION = 1.25          # an epoch with its validation beside one without
@@ -41,25 +43,45 @@ def main(argv: list[str]) -> None:
         stages.append(("E3", partial(beside.large, _file("--tar", arguments.tar), where, device, scale.pairs)))
     print(clocks() if device == "cuda" else "tiny sizes on a CPU: this shows that it runs, and nothing else", flush=True)
     rows: list[Row] = []
+    failed: list[str] = []
     for id, stage in stages:
-        rows += _once(id, stage, path, _setting(arguments.overrides) if id in ("E1", "E2", "E3") else "")
+        setting = _setting(arguments.overrides) if id in ("E1", "E2", "E3") else ""
+        trusted = not (id in _KERNELS and {"KC", "KT"} & {*failed})
+        rows += _guarded(id, partial(_once, id, stage, path, setting, trusted), failed)
     if arguments.tar is None:
         print("no --tar: E3 from JPEGs is left out")
     if arguments.data is None:
         print("no --data: E1, E2 and the training are left out")
     else:
-        left = arguments.minutes * 60 - (time.monotonic() - began)
-        rows += _board(arguments.method, left, rows, overrides, path)
+        def training() -> list[Row]:
+            left = arguments.minutes * 60 - (time.monotonic() - began)
+            return _board(arguments.method, left, rows, overrides, path, arguments.epochs)
+
+        rows += _guarded("EB", training, failed)
     print(clocks() if device == "cuda" else "", flush=True)
     print(table(rows))
+    if failed:
+        raise EnvironmentFault(f"failed, see above: {', '.join(failed)}; all else is in {path}")
+
+
+def _guarded(id: str, stage: Callable[[], list[Row]], failed: list[str]) -> list[Row]:
+    """The stage's rows, or none and its name among those that failed."""
+    try:
+        return stage()
+    except Exception as fault:
+        traceback.print_exc()
+        print(f"{id}: failed, {type(fault).__name__}: {fault}", flush=True)
+        failed.append(id)
+        return []
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m solo.bench gpu", description=__doc__)
     kernel.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one .npz of encoded images (data.dataset=npz)")
-    parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar, 5,120 or more (data.dataset=tar)")
+    parser.add_argument("--tar", type=Path, help="JPEGs of 224 px and more as one .tar; a few are repeated (data.dataset=tar)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")
+    parser.add_argument("--epochs", type=int, help="of the training, e.g. 200 for E4; by default as many as fit")
     parser.add_argument("--method", choices=METHODS, default="nnclr", help="of the training")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes, e.g. checkpoint.dir=...")
     return parser.parse_intermixed_args(argv)
@@ -79,14 +101,17 @@ def _setting(overrides: list[str]) -> str:
     return ", ".join(told(overrides))
 
 
-def _once(id: str, stage: Callable[[], list[Row]], path: Path, setting: str) -> list[Row]:
-    """The stage's rows: those the file has for these circumstances, else measured and written."""
+def _once(id: str, stage: Callable[[], list[Row]], path: Path, setting: str, trusted: bool = True) -> list[Row]:
+    """The stage's rows: those the file has for these circumstances, else measured and, if trusted, written."""
     found = list(_kept(path, id, setting))
     if found:
         print(f"{id}: in {path} already", flush=True)
         return found
     found = stage()
-    write(found, path, setting)
+    if trusted:
+        write(found, path, setting)
+    else:
+        print(f"{id}: not written, for the kernels' numbers are wrong")
     print(table(found), flush=True)
     return found
 
@@ -105,18 +130,20 @@ def _kept(path: Path, id: str, setting: str = "") -> Iterator[Row]:
                 yield Row(id, line["what"], value, line["unit"], line["peer"], pairs=pairs, ratios=ratios, **numbers)
 
 
-def _board(method: str, left: float, rows: list[Row], overrides: list[str], path: Path) -> list[Row]:
-    """A training as long as fits into ``left`` seconds at the speed of E1 or E2; one that was begun goes on as planned."""
+def _board(
+    method: str, left: float, rows: list[Row], overrides: list[str], path: Path, wanted: int | None = None
+) -> list[Row]:
+    """A training of ``wanted`` epochs, or as long as fits into ``left`` seconds; one that was begun goes on as planned."""
     plan = f"{method}: epochs of the training"
     setting = _setting(overrides)
-    begun = [entry for entry in _kept(path, "EB", setting) if entry.what == plan]
-    slowest = max(entry.value for entry in rows if entry.id in ("E1", "E2") and entry.unit == "s/epoch")
-    epochs = int(begun[0].value if begun else left / (slowest * _VALIDATION))
-    if epochs < _TOO_SHORT:
+    kept = list(_kept(path, "EB", setting))
+    begun = [entry for entry in kept if entry.what == plan and wanted in (None, entry.value)]
+    epochs = wanted or int(begun[0].value if begun else left / (_epoch(method, rows, overrides, path) * _VALIDATION))
+    if wanted is None and epochs < _TOO_SHORT:
         print(f"{left:.0f} s are left, enough for {max(0, epochs)} epochs: too few, no training (--minutes gives more)")
         return []
-    done = [entry for entry in _kept(path, "EB", setting) if entry.what.startswith(f"{method},")]
-    if done:
+    done = [entry for entry in kept if entry.what.startswith(f"{method},")]
+    if any(entry.what.endswith(f"after epoch {epochs}") for entry in done):
         print(f"EB: {method} in {path} already", flush=True)
         return done
     if not begun:
@@ -125,3 +152,10 @@ def _board(method: str, left: float, rows: list[Row], overrides: list[str], path
     found = board(method, epochs, every=max(1, epochs // 10), overrides=overrides)
     write(found, path, setting)
     return found
+
+
+def _epoch(method: str, rows: list[Row], overrides: list[str], path: Path) -> float:
+    """Seconds of one of the method's own epochs: as E1 or E2 has found, else measured."""
+    known = [entry for entry in rows if entry.unit == "s/epoch" and entry.what.startswith(f"{method},")]
+    known = known or _once("ET", partial(speed, "ET", method, overrides), path, ", ".join([method, *told(overrides)]))
+    return next(entry.value for entry in known if entry.unit == "s/epoch")

@@ -1,10 +1,14 @@
 """``python -m solo.bench kernel``: are the fused kernels right on this GPU, and how fast beside the plain formulas."""
 
 import argparse
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ from solo.bench.device import SETS, Work, clocks, compare, peak, seconds
 from solo.bench.measure import RESULTS, Row, row, table, write
 from solo.errors import ConfigError, EnvironmentFault, Parser
 from solo.kernels import neighbours
+from solo.kernels.dispatch import uses_triton
 from solo.losses import sce_loss_func, simclr_loss_func
 
 Loss = Callable[[Tensor], Tensor]
@@ -79,6 +84,8 @@ def stages(device: str, scale: Scale) -> Iterator[tuple[str, Callable[[], list[R
     """Names and measurements, in the order in which they run; each name is the `Row.id` of what it gives."""
     yield "K0", partial(ceilings, device, scale)
     yield "KC", partial(correctness, device, scale)
+    if device == "cuda":
+        yield "KT", kernel_tests
     yield "K1", partial(queue_attention_rows, device, scale)
     yield "K2", partial(nt_xent_rows, device, scale)
     yield "K3", partial(nearest_rows, "K3", device, scale)
@@ -169,16 +176,16 @@ def nearest_rows(id: str, device: str, scale: Scale) -> list[Row]:
     k, length, sizes = (1, scale.queue, (scale.small, scale.batch)) if id == "K3" else (5, scale.longer, (scale.small,))
     found = []
     for n in sizes:
-        views = [plain.unit(2, n, scale.width, device=device, seed=i).unbind() for i in range(SETS)]
+        both = [plain.unit(2 * n, scale.width, device=device, seed=i) for i in range(SETS)]      # as the methods give them
         queues = [plain.unit(length, scale.width, device=device, seed=9 + i) for i in range(SETS)]
         shadows = [queue.bfloat16() for queue in queues]
 
-        def ours(i: int, views: list = views, queues: list = queues, shadows: list = shadows) -> Tensor:
-            return neighbours(torch.cat(views[i]), queues[i], k, shadow=shadows[i])
+        def ours(i: int, both: list = both, queues: list = queues, shadows: list = shadows) -> Tensor:
+            return neighbours(both[i], queues[i], k, shadow=shadows[i])
 
-        def peer(i: int, views: list = views, queues: list = queues) -> Tensor:
+        def peer(i: int, both: list = both, queues: list = queues) -> Tensor:
             with torch.autocast(device, torch.bfloat16):
-                return (plain.nearest if k == 1 else plain.five_nearest)(views[i], queues[i])
+                return (plain.nearest if k == 1 else plain.five_nearest)(both[i].chunk(2), queues[i])
 
         what = f"nearest {k} of {length}, 2 x {n}, D={scale.width}"
         flops = 2 * 2 * n * length * scale.width
@@ -210,9 +217,12 @@ def correctness(device: str, scale: Scale) -> list[Row]:
 
     Raises:
         AssertionError: one is beyond what its number format explains.
+        EnvironmentFault: on this GPU the eager twins would be measured in the kernels' place.
     """
     n, d, length = scale.small, scale.width, scale.queue // 8
     q, k, queue = (plain.unit(rows, d, device=device, seed=i) for i, rows in enumerate((n, n, length)))
+    if device == "cuda" and not uses_triton(q, queue):
+        raise EnvironmentFault("no Triton kernel runs on this GPU: what follows is torch's own")
     cases: list[tuple[str, Loss, Loss, Tensor]] = [
         ("SCE", partial(sce, k=k, queue=queue), partial(plain.sce, k=k.double(), queue=queue.double()), q),
         ("NT-Xent", nt_xent, plain.nt_xent, torch.cat([q, k])),
@@ -231,6 +241,24 @@ def correctness(device: str, scale: Scale) -> list[Row]:
     others = (index[:, 0] != cosines.argmax(1)).float().mean().item()
     return [*found, Row("KC", "five nearest, similarity lost at most", shortfall, "cosine"),
             Row("KC", "nearest that is another one than in float64", 100 * others, "%")]
+
+
+def kernel_tests() -> list[Row]:
+    """The kernels' own tests, on this GPU: odd shapes, ties, NaN, 16 bits, each against float64; none without pytest.
+
+    Raises:
+        AssertionError: one fails.
+    """
+    folder = Path(__file__).parents[2] / "tests" / "kernels" / "interpreted"
+    if find_spec("pytest") is None or not folder.is_dir():
+        print("KT: no pytest or no tests here: the kernels' own are left out", flush=True)
+        return []
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run([sys.executable, *words], cwd=folder.parents[2], capture_output=True, text=True, check=False)
+    print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
+    assert done.returncode == 0, f"the kernels' own tests fail on this GPU (pytest's status {done.returncode})"
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return [Row("KT", "the kernels' own tests on this GPU, passed", float(passed[1]) if passed else 0.0, "tests")]
 
 
 def _gradient_error(ours: Loss, theirs: Loss, at: Tensor) -> float:

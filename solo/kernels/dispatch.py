@@ -1,6 +1,8 @@
 """Where a kernel runs instead of its eager twin, and how its work is cut up: by fixed rules, nothing is tuned at run time."""
 
+import logging
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from solo.errors import ConfigError
 
+log = logging.getLogger(__name__)
 SWITCH = "SOLO_KERNELS"     # "off": eager twins everywhere
 WIDEST = 256                # columns D that a program keeps at hand
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +35,17 @@ def uses_triton(*tensors: Tensor) -> bool:
         and all(x.dtype in _DTYPES and x.numel() > 0 and x.shape[-1] <= WIDEST for x in tensors)
         and all(_able(x.device.index) if x.is_cuda else interpreted() for x in tensors)
         and find_spec("triton") is not None
+        and (interpreted() or compiler())
     )
+
+
+@cache
+def compiler() -> bool:
+    """Whether there is the C compiler that Triton needs for its first launch; if not, that is said once."""
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not found:
+        log.warning("no C compiler here, which Triton needs: the losses and look-ups run by torch (install gcc or set CC)")
+    return bool(found)
 
 
 def _able(index: int) -> bool:

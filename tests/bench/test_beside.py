@@ -12,6 +12,8 @@ from PIL import Image
 from solo.bench import beside, step
 from solo.bench.baselines import step as published
 from solo.bench.beside import Turns, computing
+from solo.data.config import DataConfig
+from solo.data.datasets import DATASETS
 from solo.errors import ConfigError, EnvironmentFault
 from tests.conftest import ROOT
 from tests.test_learn import TINY, npz
@@ -37,6 +39,14 @@ def test_the_device_is_busy_while_a_kernel_runs(events, share):
 def test_a_trace_without_operations_is_said(events):
     with pytest.raises(EnvironmentFault, match="^torch.profiler has recorded no operation"):
         computing(events)
+
+
+def test_a_trace_without_operations_costs_only_the_share(monkeypatch, capsys):
+    monkeypatch.setattr(beside, "_events", lambda _: [])
+    busy, trainer = beside.Busy(0), SimpleNamespace(current_epoch=0, num_training_batches=1)
+    busy.on_train_batch_start(trainer, None, None, 0)
+    busy.on_train_batch_end(trainer, None, None, None, 0)
+    assert busy.share is None and "no share of time busy: torch.profiler has recorded" in capsys.readouterr().out
 
 
 def test_each_of_the_others_has_its_turn_and_then_none(monkeypatch):
@@ -81,6 +91,14 @@ def jpegs(path: Path, count: int) -> Path:
             member.size = file.tell()
             archive.addfile(member, io.BytesIO(file.getvalue()))
     return path
+
+
+def test_a_few_images_are_repeated(tmp_path):
+    few = jpegs(tmp_path / "few.tar", 4)
+    sources = [DATASETS["tar"].open(DataConfig(dataset="tar", train_path=str(path)), True)
+               for path in (few, beside.repeated(few, tmp_path / "many.tar", 3))]
+    assert [len(source) for source in sources] == [4, 12]
+    assert [np.bincount(source.labels).tolist() for source in sources] == [[2, 2], [6, 6]]
 
 
 @pytest.mark.slow

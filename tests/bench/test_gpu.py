@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from solo.bench import epochs, gpu, kernel
+from solo.bench import epochs, gpu, kernel, measure
 from solo.bench.measure import Row, write
 from solo.errors import ConfigError, EnvironmentFault
 from tests.conftest import ROOT
@@ -45,11 +45,59 @@ def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
     assert lines(dry) == first and "K4: in" in capsys.readouterr().out
 
 
+def test_a_stage_that_fails_ends_no_other_and_tells(dry, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("CUDA error")
+
+    works = [("K1", fails), ("K2", lambda: [Row("K2", "what", 1.0, "s")]), ("KC", fails)]
+    works.append(("K3", lambda: [Row("K3", "of wrong numbers", 1.0, "s")]))
+    monkeypatch.setattr(kernel, "stages", lambda *_: works)
+    monkeypatch.setattr(gpu.beside, "synthetic", lambda *_: [])
+    with pytest.raises(EnvironmentFault, match=r"^failed, see above: K1, KC, EB; all else is in"):
+        for name in ("small", "large"):
+            monkeypatch.setattr(gpu.beside, name, lambda *_: [])
+        monkeypatch.setattr(gpu, "speed", lambda *_: fails())
+        (dry.parent / "x.npz").touch()
+        gpu.main(["--device", "cpu", "--results", str(dry), "--data", str(dry.parent / "x.npz")])
+    said = capsys.readouterr().out
+    assert [line["id"] for line in lines(dry)] == ["K2"]
+    assert "K1: failed, RuntimeError: CUDA error" in said and "of wrong numbers" in said
+
+
+def test_a_training_is_as_long_as_asked_or_as_its_own_method_allows(dry, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "board", lambda method, epochs, **_: asked.append((method, epochs)) or [])
+    monkeypatch.setattr(gpu, "speed", lambda id, method, _: [Row(id, f"{method}, measured", 4.0, "s/epoch")])
+    rows = [Row("E1", "nnclr, CIFAR-10", 2.0, "s/epoch"), Row("E2", "all4one, CIFAR-10", 8.0, "s/epoch")]
+    gpu._board("nnclr", 1000.0, rows, [], dry)
+    gpu._board("sce", 1000.0, rows, [], dry)
+    gpu._board("nnclr", 1.0, rows, [], dry, 200)
+    assert asked == [("nnclr", 400), ("sce", 200), ("nnclr", 200)]
+
+
 def test_rows_of_another_revision_are_not_kept(dry, monkeypatch):
     write([Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6, (4.0, 5.0))], dry)
     assert list(gpu._kept(dry, "K1")) == [Row("K1", "what", 1.0, "s", "peer", 2.0, 3.0, 4.0, 5.0, 6, (4.0, 5.0))]
     monkeypatch.setattr("solo.bench.measure._revision", lambda: "another")
     assert list(gpu._kept(dry, "K1")) == []
+
+
+def test_code_without_its_history_is_known_by_its_contents(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure._revision().startswith("files ")
+    (tmp_path / "a.py").write_text("x = 1")
+    first = measure._contents(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    assert measure._contents(tmp_path) != first
+
+
+def test_the_kernels_own_tests_count_or_fail(monkeypatch, capsys):
+    done = SimpleNamespace(returncode=0, stdout="7 passed in 1 s", stderr="")
+    monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: done)
+    assert [row.value for row in kernel.kernel_tests()] == [7.0]
+    done.returncode, done.stdout = 1, "1 failed, 6 passed in 1 s"
+    with pytest.raises(AssertionError, match="own tests fail on this GPU"):
+        kernel.kernel_tests()
 
 
 def test_wrong_numbers_stop_the_run(dry, monkeypatch):

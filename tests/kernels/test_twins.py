@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +162,21 @@ def test_the_twins_of_16_bit_rows_keep_float32():
     assert {each.dtype for each in (*attend_eager(x, queue, torch.ones(3)), lse, pulled)} == {torch.float32}
     exact = row_logsumexp_eager(x.double(), queue.double(), 1.0)
     torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_c_compiler_the_twins_run_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "_able", lambda _: True)
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: object())
+    rows = SimpleNamespace(dtype=torch.float32, numel=lambda: 8, shape=(2, 4), is_cuda=True, device=torch.device("cuda", 0))
+    try:
+        dispatch.compiler.cache_clear()
+        assert not dispatch.uses_triton(rows) and not dispatch.uses_triton(rows)
+        assert [record.message.partition(",")[0] for record in caplog.records] == ["no C compiler here"]
+        monkeypatch.setenv("CC", "gcc")
+        dispatch.compiler.cache_clear()
+        assert dispatch.uses_triton(rows)
+    finally:
+        dispatch.compiler.cache_clear()
