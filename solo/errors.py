@@ -14,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from solo.console import main_process
+from solo.redaction import spoken
 
 # The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -113,7 +114,7 @@ def reported() -> Iterator[None]:
                 raise
             if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
                 time.sleep(10)      # rank 0 has most likely said the same, and torchrun ends this process
-            for line in str(error).splitlines():
+            for line in spoken(str(error)).splitlines():
                 print(f"{error.kind}: {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         finally:
