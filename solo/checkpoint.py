@@ -88,7 +88,7 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
     if broken:
         raise NumericsError(
             f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
-            f"first {broken[0]}; the last good checkpoint stays"
+            f"first {broken[0]}" + "; the last good checkpoint stays" * any(path.parent.glob("*.ckpt"))
         )
     others = _others(path.parent)
     sha256 = write_file(path, lambda file: _serialise(checkpoint, file))

@@ -258,14 +258,14 @@ def test_a_full_disk_is_an_os_error_and_the_last_one_stays(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_optimizer_states_are_refused(tmp_path, bad):
     state = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.tensor([1.0, bad])}}, "param_groups": [{"lr": 0.1}]}
-    with pytest.raises(NumericsError, match="step 2.*first optimizer_states.0.state.0.exp_avg"):
+    with pytest.raises(NumericsError, match="step 2.*first optimizer_states.0.state.0.exp_avg$"):       # there is none to stay
         checkpoint.save({**content(2), "optimizer_states": [state]}, tmp_path / "2.ckpt")
     assert not list(tmp_path.iterdir())
 
 
 def test_non_finite_weights_are_refused(tmp_path):
     checkpoint.save(content(1), tmp_path / "1.ckpt")
-    with pytest.raises(NumericsError, match="step 2"):
+    with pytest.raises(NumericsError, match="step 2.*; the last good checkpoint stays$"):
         checkpoint.save(content(2, float("nan")), tmp_path / "2.ckpt")
     assert checkpoint.newest(tmp_path).name == "1.ckpt" and not (tmp_path / "2.ckpt").exists()
 
