@@ -210,7 +210,7 @@ def dead_pid():
     return process.pid
 
 
-def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path, caplog):
     checkpoint.save(content(1), tmp_path / "step-1.ckpt")
     old, young = tmp_path / ".step-2.ckpt.elsewhere-7.abc_1.tmp", tmp_path / ".step-2.ckpt.elsewhere-8.abc_2.tmp"
     dead = tmp_path / f".step-2.ckpt.{files.HOST}-{dead_pid()}.xy.tmp"
@@ -225,6 +225,8 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "step-1.ckpt", checkpoint.MANIFEST, young.name, living.name, other.name
     }
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{pruned} is removed: manifest.json does not name it and goes on from step-1.ckpt")
 
 
 def test_a_killed_writer_leaves_a_file_that_names_it(tmp_path):
