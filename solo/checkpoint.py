@@ -88,7 +88,7 @@ def save(checkpoint: Mapping[str, Any], path: str | Path, keep: bool = False) ->
     if broken:
         raise NumericsError(
             f"checkpoint at step {checkpoint['global_step']} refused: {len(broken)} tensors are not finite, "
-            f"first {broken[0]}; the last good checkpoint stays"
+            f"first {broken[0]}" + "; the last good checkpoint stays" * any(path.parent.glob("*.ckpt"))
         )
     others = _others(path.parent)
     sha256 = write_file(path, lambda file: _serialise(checkpoint, file))
@@ -231,7 +231,8 @@ def newest(folder: str | Path) -> Path | None:
 def repair(folder: str | Path) -> None:
     """Put a folder in order before its run goes on: the manifest names nothing that is known to be damaged.
 
-    What is damaged is kept under another name, ``*.corrupt``; what killed writers left is removed.
+    What is damaged is kept under another name, ``*.corrupt``; what killed writers left is removed, and so is, with a line,
+    an older checkpoint that the manifest has forgotten.
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged; then nothing is changed.
@@ -249,8 +250,11 @@ def repair(folder: str | Path) -> None:
     if found.damaged:
         _write_manifest(folder, found.valid)
     named = {entry.file for entry in found.valid}
-    for path in folder.glob("step-*.ckpt"):             # forgotten by the manifest, and the removal was interrupted
-        if path.name not in named and path.name < found.valid[-1].file:
+    last = found.valid[-1].file
+    for path in folder.glob("step-*.ckpt"):             # a removal that was interrupted, or a copy that was put back by hand
+        if path.name not in named and path.name < last:
+            log.warning("%s is removed: %s does not name it and goes on from %s (a copy kept elsewhere: resume=PATH)",
+                        path, MANIFEST, last)
             path.unlink()
 
 

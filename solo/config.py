@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from solo import config_files
-from solo.errors import ConfigError, reported
+from solo.errors import ConfigError, debug, reported
 from solo.names import nearest
 from solo.redaction import remember
 
@@ -318,7 +318,7 @@ def _arguments(argv: list[str], directory: Path, config_name: str | None) -> tup
         elif name in ("--config-name", "-cn"):
             config_name = value
         elif name == "--debug":
-            os.environ["SOLO_DEBUG"] = "1"
+            debug()
         elif name in _FLAGS_WITH_VALUE:
             flags += [name, value]
         else:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from solo.console import main_process
+from solo.redaction import spoken
 
 # The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -64,8 +65,23 @@ class Interrupted(SoloError):
         self.exit_code = 128 + signal_number
 
 
+def debug() -> None:
+    """What the flag ``--debug`` of every command does: errors keep their traceback, those of the processes it starts too."""
+    os.environ["SOLO_DEBUG"] = "1"
+
+
+class _Debug(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *given: Any) -> None:
+        debug()
+        setattr(namespace, self.dest, True)
+
+
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are `ConfigError`, without a page of usage before them."""
+    """A command line whose mistakes are `ConfigError`, without a page of usage before them; it knows ``--debug``."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.add_argument("--debug", action=_Debug, nargs=0, default=False, help="keep the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -113,7 +129,7 @@ def reported() -> Iterator[None]:
                 raise
             if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
                 time.sleep(10)      # rank 0 has most likely said the same, and torchrun ends this process
-            for line in str(error).splitlines():
+            for line in spoken(str(error)).splitlines():
                 print(f"{error.kind}: {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         finally:

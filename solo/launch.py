@@ -20,7 +20,7 @@ QUICK_START = ["--config-name", "all4one.yaml"]
 # Hydra's flags that make sense behind a launcher; everything else with a dash is ours or a mistake.
 HYDRA_FLAGS = {
     "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p",
-    "--info", "-i", "--multirun", "-m", "--resolve", "--debug",
+    "--info", "-i", "--multirun", "-m", "--resolve",
 }
 TORCHRUN = ("-m", "solo.torchrun", "--signals-to-handle=" + ",".join(number.name for number in SIGNALS))
 LIBRARY = str(Path(__file__).resolve().parent.parent)       # what we start imports it, also where it is not installed
@@ -177,7 +177,7 @@ def _command(options: argparse.Namespace, rest: Sequence[str], root: Path) -> li
     if not Path(script).is_file():
         scripts = [path.name for path in root.glob("main_*.py")]
         raise ConfigError(f"--script {options.script} does not exist{suggestion(options.script, scripts)}")
-    words = list(rest)
+    words = ["--debug"] * options.debug + list(rest)
     named = {word.partition("=")[0] for word in words} & {"--config-name", "-cn"}
     if Path(script).name == PRETRAIN and not named:
         words = [*QUICK_START, *words]

@@ -1,6 +1,7 @@
-"""Keeps secrets of a config out of what a run writes: ``config.json``, ``results.json``, checkpoints, notes."""
+"""Keeps secrets of a config out of what a run writes and says: ``config.json``, ``results.json``, checkpoints, errors."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
@@ -22,15 +23,21 @@ def redacted(content: Any, environment: bool = True) -> Any:
         return {key: HIDDEN if _hides(key, value) else redacted(value, environment) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [redacted(value, environment) for value in content]
-    return _renamed(content) if environment and isinstance(content, str) else content
+    return _renamed(content, _from_environment) if environment and isinstance(content, str) else content
+
+
+def spoken(text: str) -> str:
+    """A text for the screen: paths and words out of the environment stay, for whoever looks for the mistake in them; what a
+    variable called like a secret held becomes its name."""
+    return _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET.search(name)})
 
 
 def _hides(key: Any, value: Any) -> bool:
     return isinstance(value, str) and value != "" and _SECRET.search(str(key)) is not None
 
 
-def _renamed(text: str) -> str:
-    for value in sorted(_from_environment, key=len, reverse=True):
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for value in sorted(names, key=len, reverse=True):
         if text == value or len(value) >= _SHORT:
-            text = text.replace(value, _from_environment[value])
+            text = text.replace(value, names[value])
     return text

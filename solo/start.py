@@ -125,7 +125,8 @@ def alike(
 ) -> None:
     """Hold every rank's config, code, torch, training images and initial weights against rank 0's.
 
-    Weights to the bit, but between processors of different kinds, where rounding is only noted.
+    Weights to the bit, but between processors of different kinds, where rounding is only noted. Secrets are compared and
+    not shown; where a node keeps decoded images is its own affair.
 
     Args:
         config: this process's.
@@ -137,17 +138,18 @@ def alike(
         ConfigError: on rank 0, naming what differs; the others leave.
     """
     state = method.state_dict() if method is not None and world_size() > 1 else {}
-    facts = {**flat(config.to_json()), "solo's code": _code(), "torch": torch.__version__}
-    facts["the list of training images"] = images
-    facts[_WEIGHTS] = _fingerprint(state)
-    digests = gather_text(hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest(), device)
+    around = {
+        "solo's code": _code(), "torch": torch.__version__, "the list of training images": images, _WEIGHTS: _fingerprint(state)
+    }
+    facts = {key: _digest(value) for key, value in {**flat(config.to_json()), **around}.items() if key != "data.cache_dir"}
+    digests = gather_text(_digest(facts), device)
     if digests == digests[:64] * (len(digests) // 64):
         return
-    own = json.dumps([facts, _processor(), _sums(state)], default=str)
+    own = json.dumps([facts, {**flat(config.record()), **around}, _processor(), _sums(state)], default=str)
     everyone = [json.loads(line) for line in gather_text(own + "\n", device).splitlines()]
-    (first, processor, sums), problems = everyone[0], []
-    for other, (theirs, another, others) in enumerate(everyone):
-        differ = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+    (ours, first, processor, sums), problems = everyone[0], []
+    for other, (its, theirs, another, others) in enumerate(everyone):
+        differ = [key for key in {**ours, **its} if ours.get(key) != its.get(key)]
         differ = [key for key in differ if key != _WEIGHTS] or differ       # which follow from the rest
         if differ == [_WEIGHTS] and another != processor and _near(sums, others):
             say(f"note: rank {other} rounds the initial weights otherwise: {another} (rank 0: {processor})")
@@ -156,6 +158,10 @@ def alike(
         problems += [f"rank {other} differs: {what}" + f" and {len(differ) - 5} more" * (len(differ) > 5)] if differ else []
     if problems:
         end_together(ConfigError("; ".join(problems[:3]) + f"; and {len(problems) - 3} more ranks" * (len(problems) > 3)))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
 def _fingerprint(state: Mapping[str, Tensor]) -> str:

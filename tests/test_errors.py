@@ -70,6 +70,19 @@ WRONG = [
 KINDS = {error.exit_code: error.kind for error in (ConfigError, DataError, NumericsError, EnvironmentFault)}
 
 
+def run(command, words, monkeypatch):
+    """As ``python COMMAND WORDS`` or ``python -m COMMAND WORDS``, in this process."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    if command.endswith(".py"):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            name = f"{command}.__main__" if command == "solo.bench" else command
+            patch.delitem(sys.modules, name, raising=False)
+            runpy.run_module(command, run_name="__main__")
+
+
 @pytest.mark.parametrize("command, words, code, said", WRONG, ids=[f"{row[0]} {row[1]}" for row in WRONG])
 def test_a_users_mistake_is_one_line(command, words, code, said, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available() and ("accelerator=gpu" in words or "--gpus" in words):
@@ -85,16 +98,8 @@ def test_a_users_mistake_is_one_line(command, words, code, said, tmp_path, monke
     (tmp_path / "file").write_text("")
     torch.save({"state_dict": {"head.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    monkeypatch.setattr(sys, "argv", [command, *(word.replace("RUN", str(tmp_path / "run")) for word in words)])
     with pytest.raises(SystemExit) as left:
-        if command.endswith(".py"):
-            runpy.run_path(str(ROOT / command), run_name="__main__")
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                name = f"{command}.__main__" if command == "solo.bench" else command
-                patch.delitem(sys.modules, name, raising=False)
-                runpy.run_module(command, run_name="__main__")
+        run(command, [word.replace("RUN", str(tmp_path / "run")) for word in words], monkeypatch)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert left.value.code == code and "Traceback" not in "\n".join(lines), lines
     assert lines and all(line.startswith(f"{KINDS[code]}: ") for line in lines), lines
@@ -107,6 +112,22 @@ def test_debug_keeps_the_traceback(debug, monkeypatch, capsys):
     with pytest.raises(ConfigError if debug else SystemExit), reported():
         raise ConfigError("one\ntwo")
     assert capsys.readouterr().err.splitlines() == ([] if debug else ["config error: one", "config error: two"])
+
+
+@pytest.mark.parametrize("command, words", [
+    ("main_knn.py", ["checkpoint=none.ckpt", "--debug"]),
+    ("launcher.py", ["--debug", "--script", "main_none.py"]),
+    ("solo.certify", ["nnlcr", "--debug"]),
+    ("solo.data.check", ["none", "--debug"]),
+    ("solo.data.pack", ["none", "x.h5", "--debug"]),
+    ("solo.bench", ["data", "--debug"]),
+    ("solo.export", ["none.ckpt", "x.safetensors", "--debug"]),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_every_command_knows_debug(command, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOLO_DEBUG", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="none|nnlcr|recipe"):
+        run(command, words, monkeypatch)
 
 
 def test_every_kind_has_its_own_code():

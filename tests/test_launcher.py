@@ -29,6 +29,7 @@ def scripts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SOLO_DEBUG", "")
     return tmp_path
 
 
@@ -49,6 +50,7 @@ TORCHRUN = [
         ("max_epochs=2", [PYTHON, "main_pretrain.py", "--config-name", "all4one.yaml", "max_epochs=2"]),
         ("-cn nnclr.yaml 'name=a b'", [PYTHON, "main_pretrain.py", "-cn", "nnclr.yaml", "name=a b"]),
         ("--config-name=nnclr.yaml -m seed=1,2", [PYTHON, "main_pretrain.py", "--config-name=nnclr.yaml", "-m", "seed=1,2"]),
+        ("max_epochs=2 --debug", [PYTHON, "main_pretrain.py", *launch.QUICK_START, "--debug", "max_epochs=2"]),
         ("--script main_linear.py checkpoint=x", [PYTHON, "main_linear.py", "checkpoint=x"]),
         ("--gpus 1", [PYTHON, "main_pretrain.py", *launch.QUICK_START, "accelerator=gpu", "devices=1", "num_nodes=1"]),
         ("--processes 2 --config-path p --config-name nnclr.yaml", [

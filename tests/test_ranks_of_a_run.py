@@ -1,17 +1,24 @@
 """Processes of a run, through `pretrain`, leave what one process with all their images leaves."""
 
 import csv
+import json
+import signal
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch.distributed as dist
 
+from solo import checkpoint
+from solo.errors import DataError, Interrupted
+from solo.experiment import experiment
 from solo.nn import Teacher
 from solo.run import pretrain
 from solo.testing import Case, run_ranks
 from solo.testing.case import BACKBONE
 from solo.testing.compare import of
 from tests.data.common import make_folder
+from tests.test_continuing import of_bad_images
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +89,64 @@ def test_a_process_without_an_image_to_validate_with(tmp_path):
     make_folder(tmp_path / "val", {"a": 1, "b": 1})
     data = {"dataset": "image_folder", "train_path": str(tmp_path / "train"), "val_path": str(tmp_path / "val")}
     equal(tmp_path, "simclr", data, 6, world=3)
+
+
+class Knows(pl.Callback):
+    """Which unreadable images a process knows of at the start and at the end; a signal comes to both at one step."""
+
+    def __init__(self, stop):
+        self.stop, self.names = stop, []
+
+    def note(self, trainer):
+        self.names.append(sorted(path[-8:] for path in trainer.datamodule.bad.names))
+
+    def on_train_start(self, trainer, pl_module):
+        self.note(trainer)
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_train_end(self, trainer, pl_module):
+        self.note(trainer)
+
+
+def met(rank, folder, limit, stop=None):
+    """How a run of two processes ended, and what each knew."""
+    knows, ended = Knows(stop), "complete"
+    config = experiment(of_bad_images(folder, limit, devices=2, optimizer={"batch_size": 4, "lr": 0.1}))
+    try:
+        pretrain(config, [knows])
+    except (DataError, Interrupted, SystemExit) as error:
+        ended = f"{type(error).__name__} {error}"
+        if dist.is_initialized():       # the other one has left: nothing to meet for
+            dist.destroy_process_group()
+    return ended, knows.names
+
+
+def left(folder):
+    """The unreadable images by the newest checkpoint, and by the list beside it."""
+    (run,) = (folder / "runs").iterdir()
+    listed = [json.loads(line)["name"][-8:] for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    return checkpoint.read(run)["unreadable"], sorted(listed)
+
+
+def test_two_processes_count_unreadable_images_exactly_and_over_a_resume(tmp_path):
+    """Of 4 in 64 each process meets its own, and both know all; after a signal at step 4 of 8 both know those from before."""
+    of_bad_images(tmp_path)
+    bad, (whole, halves, many) = ["0000.png", "0016.png", "0032.png", "0048.png"], "whole halves many".split()
+    for name in (whole, halves, many):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "images").symlink_to(tmp_path / "images")
+    assert run_ranks(met, tmp_path / whole, 0.1) == [("complete", [[], bad])] * 2
+    assert left(tmp_path / whole)[1] == bad and set(left(tmp_path / whole)[0]) == {"0", "16", "32", "48"}
+
+    for name, limit in ((halves, 0.1), (many, 3 / 64)):
+        first, second = run_ranks(met, tmp_path / name, limit, 4)
+        assert first[0].startswith("Interrupted SIGTERM") and second[0] == "SystemExit 0"
+    kept, listed = left(tmp_path / halves)
+    assert 0 < len(kept) < 4 and listed == [f"{int(index):04d}.png" for index in kept]
+    assert run_ranks(met, tmp_path / halves, 0.1) == [("complete", [listed, bad])] * 2
+    assert left(tmp_path / halves)[1] == bad and left(tmp_path / halves)[0] == left(tmp_path / whole)[0]
+    first, second = run_ranks(met, tmp_path / many, 3 / 64)
+    assert first[0].startswith("DataError 4 of 64 images cannot be read") and second[0] == "SystemExit 0"

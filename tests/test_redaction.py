@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from solo import checkpoint, config, loggers, redaction
-from solo.errors import ConfigError
+from solo.errors import ConfigError, reported
 from solo.eval.offline import evaluate_knn
 from solo.experiment import experiment
 from solo.redaction import HIDDEN, redacted
@@ -98,6 +98,15 @@ def test_short_texts_are_not_looked_for_inside_others(monkeypatch):
     redaction.remember("", "EMPTY")
     assert redacted({"x": "a1", "y": "a1b", "z": "", "n": [1, None, 2.5]}) == {
         "x": "${oc.env:SHORT}", "y": "a1b", "z": "", "n": [1, None, 2.5]}
+
+
+def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(redaction, "_from_environment", {})
+    redaction.remember(FROM_ENVIRONMENT, "HF_TOKEN")
+    redaction.remember("/scratch/me", "SCRATCH")
+    with pytest.raises(SystemExit), reported():
+        raise ConfigError(f"data.train_path=/scratch/me/{FROM_ENVIRONMENT} does not exist")
+    assert capsys.readouterr().err == "config error: data.train_path=/scratch/me/${oc.env:HF_TOKEN} does not exist\n"
 
 
 def test_keys_called_like_a_secret():

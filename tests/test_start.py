@@ -222,8 +222,11 @@ def held_alike(rank, change, code):
         ([{"seed": 5}, {"seed": 6}], "aa", "rank 1 differs: seed=6 (rank 0: 5)"),
         ([{}, {"extra": {"mine": 1}}], "aa", "rank 1 differs: extra.mine=1 (rank 0: None)"),
         ([{}, {}], "ab", "rank 1 differs: solo's code=b (rank 0: a)"),
+        ([{"extra": {"api_key": f"sk-{rank}"}} for rank in range(2)], "aa",
+         "rank 1 differs: extra.api_key=(hidden) (rank 0: (hidden))"),
+        ([{"data": {"cache_dir": f"/scratch/node{rank}"}} for rank in range(2)], "aa", None),
     ],
-    ids=["alike", "seed", "key", "code"],
+    ids=["alike", "seed", "key", "code", "secret", "cache of a node"],
 )
 def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, line):
     first, second = run_ranks(held_alike, changes, code)

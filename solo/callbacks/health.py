@@ -93,9 +93,10 @@ class FiniteGuard(Callback):
             step = trainer.global_step
             names = not_finite(self._batch, pl_module)
             tensors = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+            tensors = tensors or f"the {'norm of the ' * (what == 'gradient')}{what} alone"
             end_together(NumericsError(
                 f"non-finite {what} of {type(pl_module).__name__} at step {step + 1} (epoch {trainer.current_epoch + 1}, "
-                f"lr {optimizer.param_groups[0]['lr']:.3g}; not finite: {tensors or 'the loss alone'}): "
+                f"lr {optimizer.param_groups[0]['lr']:.3g}; not finite: {tensors}): "
                 f"stopped before the update, so the weights are those of step {step}; "
                 "lower optimizer.lr, lengthen scheduler.warmup_epochs, or set precision=32-true"
             ))

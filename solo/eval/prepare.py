@@ -12,9 +12,12 @@ from solo.data.views import View
 from solo.errors import ConfigError
 from solo.export import Pretrained
 
+_THE_USERS = ("download", "cache_dir")      # what would fetch and write; a file has no say in it
+
 
 def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
     """The ``data`` block: the checkpoint's own, changed by ``overrides``; another dataset starts from its defaults.
+    ``download`` and ``cache_dir`` are those of ``overrides`` alone.
 
     Raises:
         ConfigError: neither names a dataset.
@@ -27,7 +30,7 @@ def data_config(source: Pretrained, overrides: Mapping[str, Any]) -> DataConfig:
         raise ConfigError(f"data.dataset is missing: {source.path} does not say which images to evaluate on")
     default = DataConfig().dataset
     same = overrides.get("dataset", own.get("dataset", default)) == own.get("dataset", default)
-    merged = {**(own if same else {}), **overrides}
+    merged = {**({key: own[key] for key in own if key not in _THE_USERS} if same else {}), **overrides}
     for key in sorted(set(merged) - set(overrides)):
         if "${oc.env:" in str(merged[key]):
             raise ConfigError(f"{source.path} names data.{key}={merged[key]} only by where it came from: give data.{key}=...")

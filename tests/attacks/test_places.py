@@ -20,7 +20,7 @@ from solo.data.datasets import DATASETS
 from solo.data.decoding import BadImage
 from solo.data.sources import ArraySource
 from solo.errors import ConfigError
-from solo.eval.prepare import data_config
+from solo.eval.prepare import data_config, data_module
 from solo.export import Pretrained, load
 from solo.methods import METHODS
 from tests.attacks.checkpoints import config_of
@@ -184,6 +184,23 @@ def test_a_checkpoint_cannot_name_a_plugin_for_its_images(tmp_path: Path) -> Non
         data_config(hostile, {})
     assert data_config(hostile, {"dataset": "evil:Evil"}).dataset == "evil:Evil"       # the user does
     assert "evil" not in sys.modules
+
+
+def test_a_checkpoint_neither_downloads_images_nor_says_where_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, victim = load(make_run(tmp_path / "run")), tmp_path / "victim"
+    fetched: list[object] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **keywords: fetched.append(arguments))
+    asked = {"dataset": "cifar10", "train_path": str(victim), "download": True, "cache_dir": str(victim / "cache")}
+    hostile = Pretrained(**{**vars(source), "experiment": {"data": asked}})
+    config = data_config(hostile, {})
+    assert (config.dataset, config.download, config.cache_dir) == ("cifar10", False, None)
+    with pytest.raises(ConfigError, match="data.train_path"):
+        data_module(hostile, config, [], 2)
+    assert not fetched and not victim.exists()
+    own = {"download": True, "cache_dir": "mine"}
+    assert {key: getattr(data_config(hostile, own), key) for key in own} == own         # the user may
 
 
 def test_pretrained_weights_are_not_fetched_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

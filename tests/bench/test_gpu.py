@@ -98,6 +98,8 @@ def test_the_kernels_own_tests_count_or_fail(monkeypatch, capsys):
     done.returncode, done.stdout = 1, "1 failed, 6 passed in 1 s"
     with pytest.raises(AssertionError, match="own tests fail on this GPU"):
         kernel.kernel_tests()
+    done.returncode = 4                 # pytest could not begin
+    assert kernel.kernel_tests() == [] and "status 4" in capsys.readouterr().out
 
 
 def test_wrong_numbers_stop_the_run(dry, monkeypatch):

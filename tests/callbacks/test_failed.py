@@ -4,7 +4,9 @@ import json
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
+from solo.data.module import DataModule
 from solo.errors import ConfigError, NumericsError
 from solo.experiment import experiment
 from solo.run import pretrain
@@ -12,13 +14,13 @@ from solo.testing import tiny
 
 
 class At(pl.Callback):
-    """Does something to the first batch of step 4."""
+    """Does something to the first batch behind so many steps."""
 
-    def __init__(self, act):
-        self.act, self.indices = act, []
+    def __init__(self, act, step=3):
+        self.act, self.step, self.indices = act, step, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 3:
+        if trainer.global_step == self.step:
             self.indices.append(batch.index.tolist())
             if len(self.indices) == 1:
                 self.act(batch)
@@ -32,8 +34,9 @@ def refuse(batch):
     raise ConfigError("something else")
 
 
-def run(folder, callback, **changes):
-    pretrain(experiment(tiny("nnclr", folder, max_epochs=1, loggers=[], probe={"enabled": False}, **changes)), [callback])
+def run(folder, callback, max_epochs=1, **changes):
+    content = tiny("nnclr", folder, max_epochs=max_epochs, loggers=[], probe={"enabled": False}, **changes)
+    pretrain(experiment(content), [callback])
 
 
 def test_batch_numbers_and_names_are_kept(tmp_path):
@@ -47,10 +50,30 @@ def test_batch_numbers_and_names_are_kept(tmp_path):
     assert kept["random"] == {"seed": 5, "rank": 0, "epoch": 0} and kept["lr"] > 0
     assert kept["not_finite"][0] == "views[1]" and "predictor.0.weight.grad" in kept["not_finite"]
     assert "predictor.0.weight" not in kept["not_finite"] and "views[0]" not in kept["not_finite"]
-
-
     said = "of NNCLR at step 4 (epoch 1, lr 0.0134; not finite: views[1], backbone."
     assert said in str(caught.value) and f" and {len(kept['not_finite']) - 3} more)" in str(caught.value)
+
+
+def test_the_batch_is_drawn_again_from_what_was_kept(tmp_path):
+    """And from the run's own config; by the numbers of its second epoch."""
+    seen = []
+
+    def keep_and_spoil(batch):
+        seen.append(([view.clone() for view in batch.views], batch.labels.clone()))
+        spoil(batch)
+
+    with pytest.raises(NumericsError):
+        run(tmp_path, At(keep_and_spoil, step=11), max_epochs=2)
+    (path,) = tmp_path.glob("*/failed_step.json")
+    kept, config = json.loads(path.read_text()), experiment(json.loads((path.parent / "config.json").read_text()))
+    random, (failed,) = kept["random"], kept["batches"]
+    assert random["epoch"] == 1 and failed["batch"] == 3
+    data = DataModule(config.data, config.augmentations, config.optimizer.batch_size, random["seed"])
+    data.set_position(random["epoch"], failed["batch"])
+    again = next(iter(data.train_dataloader()))
+    ((views, labels),) = seen
+    assert again.index.tolist() == failed["indices"] and torch.equal(again.labels, labels)
+    assert len(views) == len(again.views) and all(map(torch.equal, again.views, views))
 
 
 def test_every_batch_of_an_accumulated_step_is_kept(tmp_path):

@@ -42,6 +42,17 @@ def test_non_finite_gradient_with_finite_loss_stops():
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(module), strict=True))
 
 
+def test_the_norm_of_a_finite_gradient_that_overflows_is_named():
+    class Steep(Toy):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            weight = self.backbone[1].weight
+            return {**outputs, "loss": outputs["loss"] + 1e20 * (weight - weight.detach()).sum()}
+
+    with pytest.raises(NumericsError, match=r"non-finite gradient .*; not finite: the norm of the gradient alone\)"):
+        fit([Health()], Steep())
+
+
 def told(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "solo.callbacks.health"]
 
