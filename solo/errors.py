@@ -144,11 +144,12 @@ def _end_children() -> None:
 
     One that a kill does not end either, as the system itself waits in it, is waited for no longer.
     """
-    own = [child for child in multiprocessing.active_children() if child._parent_pid == os.getpid()]  # type: ignore[attr-defined]
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    own = [child for child in children if child._parent_pid == os.getpid()]  # type: ignore[attr-defined]
     if not own:
         return
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's takes this for a failure of a worker
+    main = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None   # torch's takes this for a failure of a worker
     for child in own:
         child.kill()
     until = time.monotonic() + 1
@@ -156,3 +157,5 @@ def _end_children() -> None:
         child.join(max(0.0, until - time.monotonic()))
         if child.is_alive():
             multiprocessing.process._children.discard(child)  # type: ignore[attr-defined]
+    if earlier is not None:
+        signal.signal(signal.SIGCHLD, earlier)

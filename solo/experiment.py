@@ -48,6 +48,7 @@ _OWNED = {
     "trainer",
 }
 TRAINER_ARGUMENTS = frozenset(inspect.signature(pl.Trainer.__init__).parameters) - _OWNED
+SHORTEST = 8.0      # seconds of step_timeout, within twice which all processes have left
 
 
 @dataclass(kw_only=True)
@@ -58,8 +59,6 @@ class WandbConfig:
     project: str = "solo"
     entity: str | None = None
     offline: bool = False
-
-SHORTEST = 8.0      # seconds of step_timeout, within twice which all processes have left
 
 
 @dataclass(kw_only=True)

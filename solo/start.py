@@ -28,7 +28,8 @@ from solo.methods import Method
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
 _WEIGHTS = "the initial weights"
-_OF_THE_OPTIMIZERS_STATE = ("optimizer.name", "optimizer.kwargs.amsgrad")    # what it keeps of a parameter depends on these
+# What it keeps of a parameter, and where, depends on these.
+_OF_THE_OPTIMIZERS_STATE = ("optimizer.name", *(f"optimizer.kwargs.{key}" for key in ("amsgrad", "fused", "capturable")))
 
 
 @dataclass(frozen=True)

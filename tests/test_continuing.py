@@ -156,6 +156,16 @@ def test_epochs_of_another_length_are_interrupted_like_any(by_sgd, tmp_path):
     assert [len(part.images) for part in parts] == [2, 3, 3]
 
 
+def test_steps_end_within_an_epoch_and_more_are_asked_for(tmp_path):
+    """Lightning goes on in the epoch that ``max_steps`` ended; from there on a signal finds it in the right one, too."""
+    whole = watched(**of_sgd(tmp_path / "whole", max_epochs=None, max_steps=24))
+    first = watched(**of_sgd(tmp_path / "first", max_epochs=None, max_steps=12))
+    more = {"max_epochs": None, "max_steps": 24, "resume": str(first.result.run_dir)}
+    parts = [first, *[watched(last, **of_sgd(tmp_path / "more", **more)) for last in (14, 19, None)]]
+    assert [len(part.images) for part in parts] == [12, 2, 5, 5]
+    assert {step: images for part in parts for step, images in part.images.items()} == whole.images
+
+
 def test_what_only_rounds_otherwise_is_said(by_sgd, tmp_path, caplog):
     caplog.set_level("INFO", "solo")
     watched(9, **of_sgd(tmp_path, resume=by_sgd, view_batching="concat", probe={"enabled": False}))

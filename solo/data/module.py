@@ -239,8 +239,10 @@ class DataModule(pl.LightningDataModule):
         loop = self.trainer.fit_loop
         epoch = loop.epoch_progress.state_dict()["current"]
         batches = loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
-        ended = epoch["processed"] == epoch["ready"] or batches >= self.trainer.num_training_batches
-        return Position(epoch["ready"], 0) if ended else Position(epoch["ready"] - 1, batches)
+        inside, by_steps = 0 < batches < self.trainer.num_training_batches, self.trainer.max_steps != -1
+        if inside and (by_steps or epoch["processed"] < epoch["ready"]):    # Lightning goes on in an epoch that max_steps ended
+            return Position(epoch["ready"] - 1, batches)
+        return Position(epoch["ready"] - int(batches == 0 and epoch["processed"] < epoch["ready"]), 0)
 
     def _check_steps(self, world: int) -> None:
         if len(self._train) < self.batch_size * world and self.views:

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 class SettledCounters(pl.Callback):
     """Saves an epoch whose last batch is trained as finished.
 
-    A checkpoint saved in ``on_train_batch_end`` of an epoch's last batch says "batch not completed, epoch not
+    A checkpoint saved in ``on_train_batch_end`` of an epoch's last batch, or in the validation behind it, says "epoch not
     processed". Lightning 2.6 continues from it once, but leaves its epoch counters one apart, so that the next
     checkpoint of the resumed run repeats an epoch; with ``max_steps``, one saved in ``on_train_epoch_end`` runs that
     hook twice. Saved as finished, both resume like any checkpoint between epochs. What Lightning does between the last
@@ -23,10 +23,9 @@ class SettledCounters(pl.Callback):
 def settle(fit_loop: dict[str, Any], batches_per_epoch: int | float) -> None:
     """Rewrite, in place, the saved state of Lightning's fit loop if it was saved after an epoch's last batch."""
     batch = fit_loop["epoch_loop.batch_progress"]
-    inside = batch["current"]["completed"] < batch["current"]["processed"]
     epoch = fit_loop["epoch_progress"]["current"]
     ended = epoch["processed"] == epoch["ready"]
-    if batch["current"]["processed"] < batches_per_epoch or not (inside or ended):
+    if batch["current"]["processed"] < batches_per_epoch:
         return
     finished = epoch["ready"]
     for part in ("total", "current"):
@@ -36,4 +35,4 @@ def settle(fit_loop: dict[str, Any], batches_per_epoch: int | float) -> None:
     optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     for progress in (batch, fit_loop["epoch_loop.scheduler_progress"], optimizer["step"], optimizer["zero_grad"]):
         progress["current"] = dict.fromkeys(progress["current"], 0)
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += int(inside)
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += int(not ended)      # Lightning counts behind validation

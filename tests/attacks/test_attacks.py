@@ -228,6 +228,9 @@ def test_the_sandbox_sees_memory_time_and_errors() -> None:
     garbage.append(garbage)
     del garbage         # the child's collection would make room for what it takes
     assert confined(lambda: (gc.collect(), bytearray(os.urandom(1) * (64 * MIB))), 256 * MIB).grown > 60 * MIB
+    once = [bytearray(os.urandom(1) * 100_000) for _ in range(3000)]
+    del once[:-1]       # nor is what it takes there already, free below the last
+    assert confined(lambda: bytearray(os.urandom(1) * (64 * MIB)), 256 * MIB).grown > 60 * MIB and once
     assert "MemoryError" in confined(lambda: bytearray(512 * MIB), 256 * MIB).text
     assert confined(lambda: sum(i * i for i in range(10**10)), 256 * MIB, seconds=1).kind == "died"
     assert confined(lambda: 1 / 0, 256 * MIB).kind == "raised"

@@ -20,7 +20,7 @@ from solo.data import loaders
 from solo.data.engines import workers
 from solo.data.random import order
 from solo.data.sources import FakeSource
-from solo.errors import EnvironmentFault, reported
+from solo.errors import EnvironmentFault, Interrupted, reported
 from tests import forks
 from tests.data.common import module
 
@@ -176,3 +176,9 @@ def test_open_files_do_not_grow_over_epochs() -> None:
         counts.append(len(os.listdir("/proc/self/fd")))
     data.teardown("fit")
     assert max(counts[1:]) <= counts[0] + 4
+
+
+def test_a_signal_while_a_batch_is_awaited_stays_one() -> None:
+    with pytest.raises(Interrupted, match="at once") as caught, workers.explained(1.0, lambda: None):
+        raise Interrupted("at once", signal.SIGINT)
+    assert caught.value.exit_code == 130

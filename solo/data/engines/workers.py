@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from solo.console import warn
 from solo.data.engines import Job, Payload, Slot
 from solo.dist import rank
-from solo.errors import EnvironmentFault, SoloError
+from solo.errors import EnvironmentFault, Interrupted, SoloError
 
 _SHARED = Path("/dev/shm")  # where Linux workers put their batches
 _NO_FILES = ("Too many open files", "ancdata")  # what the system, torch and sockets say where descriptors run out
@@ -116,6 +116,8 @@ def explained(timeout: float, awaited: Callable[[], str | None]) -> Iterator[Non
     """
     try:
         yield
+    except Interrupted:
+        raise
     except SoloError as error:
         raise type(error)(_own_words(error)) from error
     except (RuntimeError, OSError) as error:
