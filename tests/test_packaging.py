@@ -71,6 +71,19 @@ def test_what_solo_imports_is_what_it_asks_for():
     assert set(CORE) <= used | {"tensorboard"}, "nothing imports it"  # Lightning imports tensorboard for us
 
 
+TOP = {".ci", ".gitignore", "bench", "docs", "launcher.py", "main_knn.py", "main_linear.py", "main_pretrain.py", "main_umap.py",
+       "pyproject.toml", "requirements.txt", "scripts", "setup.py", "solo", "tests", "CHANGELOG.md", "CITATION.cff",
+       "CONTRIBUTING.md", "LAB.md", "LICENSE", "Makefile", "README.md"}
+
+
+def test_nothing_slipped_into_the_repository():
+    """As a run's folder would, where a command was tried in it."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git here")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split("/")[0] for line in listed.splitlines()} == TOP
+
+
 def test_pip_install_gives_an_importable_typed_package(tmp_path):
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("no setuptools to build with")

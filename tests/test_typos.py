@@ -5,6 +5,7 @@ import re
 import string
 
 import pytest
+import torch
 
 from solo import backbones, config
 from solo.config import bind
@@ -132,7 +133,8 @@ def test_a_slip_in_what_a_timm_model_is_given(name, typed, meant, value):
 
 
 def test_what_a_timm_builder_knows_beside_the_model_is_taken():
-    backbones.build(backbones.BackboneConfig(name="mobilenetv3_small_050", kwargs={"bn_eps": 1e-3, "drop_rate": None}))
+    model = backbones.build(backbones.BackboneConfig(name="mobilenetv3_small_050", kwargs={"bn_eps": 0.5, "drop_rate": None}))
+    assert {module.eps for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.5}
 
 
 @pytest.mark.parametrize("meant", list(REPRESENTATIONS))

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from solo.batch import Batch
 from solo.data import module as module_file
 from solo.data.datasets import DATASETS
 from solo.data.decoding import convert_channels
-from solo.data.engines.torchvision import TorchvisionEngine, clean
+from solo.data.engines.torchvision import TorchvisionEngine
 from solo.data.loaders import Order, Position
 from solo.data.module import DataConfig, DataModule
 from solo.data.random import order
@@ -376,19 +375,6 @@ def test_evaluation_needs_no_views() -> None:
     data = module(8, [], dataset="fake", size=20, classes=3)
     assert data.spec.size == 20 and data.spec.classes == 3
     assert next(iter(data.val_dataloader())).views[0].shape == (8, 3, 20, 20)
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(300, 400, 224), (500, 260, 224), (224, 224, 224), (120, 110, 96)])
-def test_clean_images_are_the_published_resize_and_centre_crop(height: int, width: int, size: int) -> None:
-    """Shorter side 256 for 224 pixels, then the middle (solo-learn's validation transform), here bicubic."""
-    image = picture(0, height, width)
-    if height != size:
-        side = {224: 256, 96: 110}[size]
-        steps = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
-        expected = steps(torch.from_numpy(image).permute(2, 0, 1).float() / 255).clamp(0, 1)
-    else:
-        expected = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-    torch.testing.assert_close(clean(image, size), expected, rtol=0, atol=1e-6)
 
 
 def test_the_engine_chosen_judges_the_views_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
