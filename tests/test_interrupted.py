@@ -112,6 +112,12 @@ def test_before_the_first_step_and_while_validating(whole, tmp_path, hook, step)
     assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
 
 
+def test_behind_the_last_step_the_run_is_complete_and_says_so(whole, tmp_path, caplog):
+    result = pretrain(experiment(content(tmp_path)), [Strike("on_train_end")])
+    assert "SIGTERM came behind the last step: the training is complete" in caplog.text
+    assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
+
+
 @pytest.mark.parametrize("place", ["a batch", "the bank of k-NN"])
 def test_a_validation_is_broken_off_between_two_batches(whole, tmp_path, monkeypatch, place):
     """It may take longer than a queue's warning allows. The run that goes on leaves that one out and trains the same bits."""

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from solo.agreement import Agreement, of_each_rank
+from solo.console import warn
 from solo.dist import end_together, world_size
 from solo.errors import Interrupted, hearing
 
@@ -41,6 +42,8 @@ class SignalGuard(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._ears.close()
+        if self._signal:
+            warn(f"{signal.Signals(self._signal).name} came behind the last step: the training is complete")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._ears.close()              # there is no teardown then
