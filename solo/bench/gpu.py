@@ -3,7 +3,8 @@
 Ceilings, correctness of the kernels, K1-K5; with ``--data FILE.npz`` (CIFAR-10 as encoded images) E1 and E2; E3 on synthetic
 images, and with ``--tar FILE.tar`` from JPEGs; and in the time that is left a CIFAR-10 training whose schedule is as long as
 fits. Rows are written as they come; what the results file has for this revision, this hardware and this torch is not measured
-again, and a training that was cut off goes on. A stage that fails ends no other one: the exit status tells of it.
+again, and a training that was cut off goes on. A stage that fails ends no other one: the exit status tells of it. Where one has
+left the GPU unusable to those behind it, the call once more with ``--skip`` measures them.
 """
 
 import argparse
@@ -42,17 +43,23 @@ def main(argv: list[str]) -> None:
         where = [*place, *arguments.overrides]
         stages.append(("E3", partial(beside.large, _file("--tar", arguments.tar), where, device, scale.pairs)))
     print(clocks() if device == "cuda" else "tiny sizes on a CPU: this shows that it runs, and nothing else", flush=True)
+    known = [*(id for id, _ in stages), "EB"]
+    if unknown := set(arguments.skip).difference(known):
+        raise ConfigError(f"--skip {' '.join(sorted(unknown))}: no such stage; they are {', '.join(known)}")
     rows: list[Row] = []
     failed: list[str] = []
     for id, stage in stages:
+        if id in arguments.skip:
+            print(f"{id}: left out", flush=True)
+            continue
         setting = _setting(arguments.overrides) if id in ("E1", "E2", "E3") else ""
-        trusted = not (id in _KERNELS and {"KC", "KT"} & {*failed})
+        trusted = not (id in _KERNELS and ({"KC", "KT"} & {*failed} or "KC" in arguments.skip))
         rows += _guarded(id, partial(_once, id, stage, path, setting, trusted), failed)
     if arguments.tar is None:
         print("no --tar: E3 from JPEGs is left out")
     if arguments.data is None:
         print("no --data: E1, E2 and the training are left out")
-    else:
+    elif "EB" not in arguments.skip:
         def training() -> list[Row]:
             left = arguments.minutes * 60 - (time.monotonic() - began)
             return _board(arguments.method, left, rows, overrides, path, arguments.epochs)
@@ -83,6 +90,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="of all stages; the training takes what is left")
     parser.add_argument("--epochs", type=int, help="of the training, e.g. 200 for E4; by default as many as fit")
     parser.add_argument("--method", choices=METHODS, default="nnclr", help="of the training")
+    parser.add_argument("--skip", action="append", default=[], metavar="ID", help="a stage to leave out; may be given again")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes, e.g. checkpoint.dir=...")
     return parser.parse_intermixed_args(argv)
 
@@ -111,7 +119,7 @@ def _once(id: str, stage: Callable[[], list[Row]], path: Path, setting: str, tru
     if trusted:
         write(found, path, setting)
     else:
-        print(f"{id}: not written, for the kernels' numbers are wrong")
+        print(f"{id}: not written, for the kernels' numbers are wrong or unknown")
     print(table(found), flush=True)
     return found
 

@@ -74,6 +74,11 @@ def input_precision() -> str:
     return "ieee" if interpreted() else "tf32x3"
 
 
+def operand(x: Tensor) -> Tensor:
+    """What the kernels multiply: float32 as bfloat16 under ``torch.set_float32_matmul_precision("medium")``, else as it is."""
+    return x.bfloat16() if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium" else x
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Rows and columns of a program's tile, warps and pipeline stages."""

@@ -64,6 +64,19 @@ def test_a_stage_that_fails_ends_no_other_and_tells(dry, monkeypatch, capsys):
     assert "K1: failed, RuntimeError: CUDA error" in said and "of wrong numbers" in said
 
 
+def test_a_stage_may_be_left_out_and_kernels_of_unknown_numbers_are_not_written(dry, monkeypatch, capsys):
+    works = [(id, lambda id=id: [Row(id, "what", 1.0, "s")]) for id in ("KC", "K1", "K2")]
+    monkeypatch.setattr(kernel, "stages", lambda *_: works)
+    monkeypatch.setattr(gpu.beside, "synthetic", lambda *_: [Row("ES", "what", 1.0, "s")])
+    call = ["--device", "cpu", "--results", str(dry)]
+    with pytest.raises(ConfigError, match="^--skip K7: no such stage; they are KC, K1, K2, ES, EB$"):
+        gpu.main([*call, "--skip", "K7"])
+    gpu.main([*call, "--skip", "KC", "--skip", "K2"])
+    assert [line["id"] for line in lines(dry)] == ["ES"] and "K2: left out" in capsys.readouterr().out
+    gpu.main([*call, "--skip", "K2"])
+    assert [line["id"] for line in lines(dry)] == ["ES", "KC", "K1"]
+
+
 def test_a_training_is_as_long_as_asked_or_as_its_own_method_allows(dry, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu, "board", lambda method, epochs, **_: asked.append((method, epochs)) or [])
