@@ -19,7 +19,7 @@ from solo.bench import beside, kernel
 from solo.bench.device import clocks
 from solo.bench.epochs import board, speed
 from solo.bench.measure import Row, provenance, table, told, write
-from solo.errors import ConfigError, EnvironmentFault, Parser
+from solo.errors import ConfigError, EnvironmentFault, Interrupted, Parser
 
 METHODS = ("nnclr", "all4one", "sce")
 _KERNELS = ("K1", "K2", "K3", "K4")     # not written where KC or KT found wrong numbers
@@ -75,6 +75,8 @@ def _guarded(id: str, stage: Callable[[], list[Row]], failed: list[str]) -> list
     """The stage's rows, or none and its name among those that failed."""
     try:
         return stage()
+    except Interrupted:
+        raise
     except Exception as fault:
         traceback.print_exc()
         print(f"{id}: failed, {type(fault).__name__}: {fault}", flush=True)

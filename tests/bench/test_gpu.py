@@ -8,7 +8,7 @@ import torch
 
 from solo.bench import epochs, gpu, kernel, measure
 from solo.bench.measure import Row, write
-from solo.errors import ConfigError, EnvironmentFault
+from solo.errors import ConfigError, EnvironmentFault, Interrupted
 from tests.conftest import ROOT
 from tests.test_learn import TINY, npz
 
@@ -75,6 +75,16 @@ def test_a_stage_may_be_left_out_and_kernels_of_unknown_numbers_are_not_written(
     assert [line["id"] for line in lines(dry)] == ["ES"] and "K2: left out" in capsys.readouterr().out
     gpu.main([*call, "--skip", "K2"])
     assert [line["id"] for line in lines(dry)] == ["ES", "KC", "K1"]
+
+
+def test_a_signal_ends_all_stages(dry, monkeypatch):
+    def interrupted():
+        raise Interrupted("SIGTERM at epoch 1, step 3", 15)
+
+    monkeypatch.setattr(kernel, "stages", lambda *_: [("K1", interrupted), ("K2", lambda: [Row("K2", "what", 1.0, "s")])])
+    with pytest.raises(Interrupted):
+        gpu.main(["--device", "cpu", "--results", str(dry)])
+    assert not dry.exists()
 
 
 def test_a_training_is_as_long_as_asked_or_as_its_own_method_allows(dry, monkeypatch):
