@@ -23,6 +23,7 @@ from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment, flat
 from solo.files import sweep, try_folder, write_link
+from solo.kernels.dispatch import runner
 from solo.lease import owning
 from solo.methods import Method
 
@@ -126,8 +127,9 @@ def alike(
 ) -> None:
     """Hold every rank's config, code, torch, training images and initial weights against rank 0's.
 
-    Weights to the bit, but between processors of different kinds, where rounding is only noted. Secrets are compared and
-    not shown; where a node keeps decoded images is its own affair.
+    Weights to the bit, but between processors of different kinds, where rounding is only noted. What runs the kernels is a
+    matter of what is installed, so it is refused. Secrets are compared and not shown; where a node keeps decoded images is
+    its own affair.
 
     Args:
         config: this process's.
@@ -138,9 +140,12 @@ def alike(
     Raises:
         ConfigError: on rank 0, naming what differs; the others leave.
     """
-    state = method.state_dict() if method is not None and world_size() > 1 else {}
+    if world_size() == 1:
+        return
+    state = method.state_dict() if method is not None else {}
     around = {
-        "solo's code": _code(), "torch": torch.__version__, "the list of training images": images, _WEIGHTS: _fingerprint(state)
+        "solo's code": _code(), "torch": torch.__version__, "kernels": runner(device), "the list of training images": images,
+        _WEIGHTS: _fingerprint(state),
     }
     facts = {key: _digest(value) for key, value in {**flat(config.to_json()), **around}.items() if key != "data.cache_dir"}
     digests = gather_text(_digest(facts), device)

@@ -205,8 +205,8 @@ def test_processors_of_different_makers_are_of_different_kinds(monkeypatch, cpui
     assert start._processor() == f"{kind} with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def held_alike(rank, change, code):
-    start._code = lambda: code[rank]
+def held_alike(rank, change, code, runners):
+    start._code, start.runner = (lambda: code[rank]), (lambda device: runners[rank])
     config = experiment(values("nnclr", "runs", **change[rank]))
     try:
         start.alike(config, method=build(config))
@@ -216,20 +216,22 @@ def held_alike(rank, change, code):
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "line"),
+    ("changes", "code", "runners", "line"),
     [
-        ([{}, {}], "aa", None),
-        ([{"seed": 5}, {"seed": 6}], "aa", "rank 1 differs: seed=6 (rank 0: 5)"),
-        ([{}, {"extra": {"mine": 1}}], "aa", "rank 1 differs: extra.mine=1 (rank 0: None)"),
-        ([{}, {}], "ab", "rank 1 differs: solo's code=b (rank 0: a)"),
-        ([{"extra": {"api_key": f"sk-{rank}"}} for rank in range(2)], "aa",
+        ([{}, {}], "aa", "TT", None),
+        ([{"seed": 5}, {"seed": 6}], "aa", "TT", "rank 1 differs: seed=6 (rank 0: 5)"),
+        ([{}, {"extra": {"mine": 1}}], "aa", "TT", "rank 1 differs: extra.mine=1 (rank 0: None)"),
+        ([{}, {}], "ab", "TT", "rank 1 differs: solo's code=b (rank 0: a)"),
+        ([{}, {}], "aa", ["Triton 3.9", "torch, no C compiler"],
+         "rank 1 differs: kernels=torch, no C compiler (rank 0: Triton 3.9)"),
+        ([{"extra": {"api_key": f"sk-{rank}"}} for rank in range(2)], "aa", "TT",
          "rank 1 differs: extra.api_key=(hidden) (rank 0: (hidden))"),
-        ([{"data": {"cache_dir": f"/scratch/node{rank}"}} for rank in range(2)], "aa", None),
+        ([{"data": {"cache_dir": f"/scratch/node{rank}"}} for rank in range(2)], "aa", "TT", None),
     ],
-    ids=["alike", "seed", "key", "code", "secret", "cache of a node"],
+    ids=["alike", "seed", "key", "code", "kernels", "secret", "cache of a node"],
 )
-def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, line):
-    first, second = run_ranks(held_alike, changes, code)
+def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, runners, line):
+    first, second = run_ranks(held_alike, changes, code, runners)
     assert (first, second) == ((f"ConfigError {line}", "SystemExit 0") if line else ("alike", "alike"))
 
 
