@@ -124,7 +124,7 @@ class BadImages:
             DataError: as `add`.
             ConfigError: it is no such state.
         """
-        if not isinstance(state, Mapping) or not all(isinstance(state[key], str) and _is_index(key) for key in state):
+        if not is_state(state):
             raise ConfigError("the checkpoint's list of unreadable images is damaged")
         self._reasons |= {int(index): reason for index, reason in state.items() if int(index) < len(self._source)}
         if world_size() == 1 and self._too_many():
@@ -184,8 +184,11 @@ class BadImages:
         return Path(folder) / "bad_samples.jsonl"
 
 
-def _is_index(key: object) -> bool:
-    return str(key).isdecimal() and len(str(key)) < 20
+def is_state(state: object) -> bool:
+    """Whether a value is the state of a `BadImages`."""
+    return isinstance(state, Mapping) and all(
+        isinstance(state[key], str) and str(key).isdecimal() and len(str(key)) < 20 for key in state
+    )
 
 
 def _names(file: BinaryIO) -> set[str]:
