@@ -23,6 +23,7 @@ from solo.reading import MAX_JSON, parse_json
 
 log = logging.getLogger(__name__)
 
+REPLACED, LEFT_OUT = "replaced by another one", "left out"     # what becomes of them: in training, and elsewhere
 _TRIES = 100
 _STAND_IN = 0x7375627374
 T = TypeVar("T")
@@ -69,9 +70,7 @@ class BadImages:
         fate: what becomes of such an image, for the log.
     """
 
-    def __init__(
-        self, source: Source, limit: float, report_dir: Path | None = None, fate: str = "replaced by another one"
-    ) -> None:
+    def __init__(self, source: Source, limit: float, report_dir: Path | None = None, fate: str = REPLACED) -> None:
         self._source, self._limit, self._fate = source, limit, fate
         self.report_dir = report_dir
         self._reasons: dict[int, str] = {}
