@@ -21,6 +21,7 @@ from solo.experiment import experiment
 from solo.run import build, pretrain
 from solo.testing import run_ranks
 from tests.data.common import make_folder
+from tests.test_continuing import watched
 from tests.tiny import values
 
 
@@ -71,12 +72,50 @@ def test_a_requeued_job_does_not_begin_anew_again(tmp_path, said, monkeypatch):
     assert "complete with" in line and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """A run that a signal ended at step 5 of 8, and the weights that it goes on to."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    content = values("nnclr", folder / "run", max_epochs=1)
+    watched(5, **content)
+    shutil.copytree(folder / "run", folder / "kept", symlinks=True)
+    return folder / "kept", pretrain(experiment(content)).method.state_dict()
+
+
+@pytest.mark.parametrize("resume", ["auto", "path", "complete"])
+def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, monkeypatch):
+    """What was judged is what is trained on: behind its verdict, the file may be anything."""
+
+    def weights(name, **changes):
+        config = experiment(values("nnclr", tmp_path / name, max_epochs=1, **changes))
+        return pretrain(config).method.state_dict()
+
+    kept, whole = broken_off
+    shutil.copytree(kept, tmp_path / "run", symlinks=True)
+    if resume == "complete":
+        weights("run")
+    (last,) = (path.resolve() for path in tmp_path.glob("run/*/last.ckpt"))
+    looks, begin, digest, read_tensors = [], start.begin, checkpoint.digest, checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "digest", lambda path: looks.append("sum") or digest(path))
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: looks.append("load") or read_tensors(path))
+
+    def begun(*arguments):
+        found = begin(*arguments)
+        assert looks == ["sum", "load"]
+        last.write_bytes(b"another one")
+        return found
+
+    monkeypatch.setattr("solo.run.begin", begun)
+    found = weights("other", resume=str(last)) if resume == "path" else weights("run")
+    assert looks == ["sum", "load"] and all(torch.equal(found[name], value) for name, value in whole.items())
+
+
 def decided(rank, content, refuse):
     """What two ranks make of one directory of which the second sees nothing, or something else."""
     config = experiment(content)
     if rank == 1:
         checkpoint.newest = lambda folder: None
-    strategy = SimpleNamespace(root_device="cpu")
+    strategy = SimpleNamespace(root_device="cpu", checkpoint_io=checkpoint.AtomicCheckpointIO(config.run_dir(8)))
     real = pl.Trainer(logger=False, enable_checkpointing=False)
     trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1, callbacks=[],
                               fit_loop=real.fit_loop, precision_plugin=real.precision_plugin)
