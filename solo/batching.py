@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby
 from typing import Any, Literal, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class ViewBatching:
         self.mode, self.micro_batch = mode, micro_batch
         self.used = False
         self._layouts: WeakKeyDictionary[nn.Module, torch.memory_format] = WeakKeyDictionary()      # of networks looked at
+        self._parts: WeakSet[nn.Module] = WeakSet()                                                 # and all they consist of
 
     def __call__(self, network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
         """``[network(view) for view in views]``; images take the memory layout of the network's convolutions.
@@ -78,10 +79,16 @@ class ViewBatching:
     def renew(self) -> None:
         """Look at the networks anew: SyncBatchNorm may have taken the place of their norms."""
         self._layouts.clear()
+        self._parts.clear()
         self.used = False
+
+    def ran(self, module: nn.Module) -> bool:
+        """Whether a module has been run, alone or within another one."""
+        return module in self._parts
 
     def _looked_at(self, network: nn.Module) -> torch.memory_format:
         layout = self._layouts[network] = _layout(network)
+        self._parts.update(network.modules())
         if self.mode == "concat":
             for module in network.modules():
                 if _counts(module):
@@ -93,7 +100,7 @@ class ViewBatching:
         return {"mode": self.mode, "micro_batch": self.micro_batch, "used": self.used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _layouts=WeakKeyDictionary())       # a copy looks at its own networks
+        self.__dict__.update(state, _layouts=WeakKeyDictionary(), _parts=WeakSet())       # a copy looks at its own networks
 
 
 def _both_times(network: nn.Module) -> tuple[Any, Any]:

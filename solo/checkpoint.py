@@ -209,15 +209,19 @@ def survey(folder: str | Path) -> Survey:
     return Survey(sorted(valid, key=lambda entry: entry.step), damaged)
 
 
-def newest(folder: str | Path) -> Path | None:
+def newest(folder: str | Path, found: Survey | None = None) -> Path | None:
     """The newest checkpoint of a folder that is whole, or None where there never was one; changes nothing.
+
+    Args:
+        folder: of checkpoints.
+        found: what it holds, where that is known.
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged.
         EnvironmentFault: the file system does not let them be read.
     """
     try:
-        found = survey(folder)
+        found = found or survey(folder)
     except OSError as error:
         raise EnvironmentFault(f"{folder} cannot be read: {error.strerror}") from error
     if not found.valid:
@@ -228,11 +232,14 @@ def newest(folder: str | Path) -> Path | None:
     return path
 
 
-def repair(folder: str | Path) -> None:
+def repair(folder: str | Path) -> Survey:
     """Put a folder in order before its run goes on: the manifest names nothing that is known to be damaged.
 
     What is damaged is kept under another name, ``*.corrupt``; what killed writers left is removed, and so is, with a line,
     an older checkpoint that the manifest has forgotten.
+
+    Returns:
+        What it then holds.
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged; then nothing is changed.
@@ -241,7 +248,7 @@ def repair(folder: str | Path) -> None:
     sweep(folder)
     found = survey(folder)
     if not found.valid:
-        return
+        return found
     for name, problem in found.damaged.items():
         if (folder / name).exists():
             os.replace(folder / name, folder / f"{name}.corrupt")
@@ -256,6 +263,7 @@ def repair(folder: str | Path) -> None:
             log.warning("%s is removed: %s does not name it and goes on from %s (a copy kept elsewhere: resume=PATH)",
                         path, MANIFEST, last)
             path.unlink()
+    return Survey(found.valid, {})
 
 
 def resolve(path: str | Path, key: str = "checkpoint") -> Path:
@@ -283,14 +291,20 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     raise ConfigError(f"{key}={path} does not exist" + (f" (there: {', '.join(near)})" if near else ""))
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Load a checkpoint of this library onto the CPU, never running code from it.
+
+    Args:
+        path: the file, or what `resolve` finds it by.
+        verified: `newest` has just compared its checksum.
 
     Raises:
         ConfigError: missing, damaged, or holding anything but tensors and plain values.
         EnvironmentFault: the file system does not let it be read, or its run has just removed it.
     """
     path = resolve(path)
+    if verified:
+        return _content(path)
     try:
         known = _known(path)
         same = known in (None, digest(path))
@@ -361,17 +375,21 @@ class AtomicCheckpointIO(CheckpointIO):
 
     Args:
         run_dir: nothing is written when another job has taken this folder over (`solo.lease.Taken`).
+
+    Attributes:
+        judged: what has been read of a file already, by its path; handed on once, in place of another look at the file.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self.judged: dict[str, dict[str, Any]] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         still_own(self.run_dir)
         save(checkpoint, path, keep=bool((storage_options or {}).get("keep")))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(path)
+        return self.judged.pop(str(path), None) or read(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

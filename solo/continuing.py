@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
+from solo.data.bad import is_state
 from solo.methods import Method
 
 
@@ -34,6 +35,8 @@ def _problems(content: Mapping[str, Any], method: Method, trainer: pl.Trainer) -
     callbacks = {each.state_key: each.state_dict() for each in trainer.callbacks}       # type: ignore[attr-defined]
     own = {key: state for key, state in callbacks.items() if state and key in content["callbacks"]}
     yield from _differences(own, content["callbacks"], "callbacks")
+    if not is_state(content.get("unreadable", {})):
+        yield "its list of unreadable images is damaged"
     precision = trainer.precision_plugin
     if (name := type(precision).__qualname__) in content:
         yield from _differences(precision.state_dict(), content[name], name)

@@ -23,6 +23,7 @@ from solo.dist import end_together, gather_text, rank, world_size
 from solo.errors import ConfigError, EnvironmentFault, SoloError
 from solo.experiment import Experiment, flat
 from solo.files import sweep, try_folder, write_link
+from solo.kernels.dispatch import runner
 from solo.lease import owning
 from solo.methods import Method
 
@@ -85,14 +86,13 @@ def begin(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer
 
 def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Trainer) -> tuple[str | None, int, bool]:
     """The checkpoint's path and size, and whether nothing is left to train."""
-    path = _choose(config, run_dir)
+    path, content = _choose(config, run_dir)
     if path is None:
         if config.checkpoint.enabled:
             _check_room(config, run_dir, method, path, trainer)
             _check_fallback(config)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
-    content = checkpoint.read(path)
     provenance = checkpoint.provenance(content, path)
     if provenance["method"] != config.method:
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
@@ -118,6 +118,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     if then not in (now, None):
         say(f"note: each process takes {now} images of a step, it took {then} when this checkpoint was saved: the steps are of "
             "the same images, but statistics of BatchNorm and random numbers of networks are each process's own")
+    trainer.strategy.checkpoint_io.judged[str(path)] = content  # type: ignore[attr-defined]
     return str(path), path.stat().st_size, complete
 
 
@@ -126,8 +127,9 @@ def alike(
 ) -> None:
     """Hold every rank's config, code, torch, training images and initial weights against rank 0's.
 
-    Weights to the bit, but between processors of different kinds, where rounding is only noted. Secrets are compared and
-    not shown; where a node keeps decoded images is its own affair.
+    Weights to the bit, but between processors of different kinds, where rounding is only noted. What runs the kernels is a
+    matter of what is installed, so it is refused. Secrets are compared and not shown; where a node keeps decoded images is
+    its own affair.
 
     Args:
         config: this process's.
@@ -138,9 +140,12 @@ def alike(
     Raises:
         ConfigError: on rank 0, naming what differs; the others leave.
     """
-    state = method.state_dict() if method is not None and world_size() > 1 else {}
+    if world_size() == 1:
+        return
+    state = method.state_dict() if method is not None else {}
     around = {
-        "solo's code": _code(), "torch": torch.__version__, "the list of training images": images, _WEIGHTS: _fingerprint(state)
+        "solo's code": _code(), "torch": torch.__version__, "kernels": runner(device), "the list of training images": images,
+        _WEIGHTS: _fingerprint(state),
     }
     facts = {key: _digest(value) for key, value in {**flat(config.to_json()), **around}.items() if key != "data.cache_dir"}
     digests = gather_text(_digest(facts), device)
@@ -204,27 +209,31 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _choose(config: Experiment, run_dir: Path) -> Path | None:
+def _choose(config: Experiment, run_dir: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and what it holds, whose checksum is computed once, just before it is loaded."""
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0         # the command's resume=never has been obeyed
     if config.resume == "never" and not requeued:
         if run_dir.exists():
             old = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.old{n}")).exists())
             run_dir.rename(old)
             say(f"resume=never: starting anew; the earlier run is now {old}")
-        return None
+        return None, {}
     sweep(run_dir)
-    checkpoint.repair(run_dir / "checkpoints")
-    own = checkpoint.newest(run_dir / "checkpoints")
+    folder = run_dir / "checkpoints"
+    own = checkpoint.newest(folder, checkpoint.repair(folder))
     link = run_dir / "last.ckpt"
     if own is not None and link.resolve() != own.resolve():     # a save was interrupted before its last move
         write_link(link, own.relative_to(run_dir))
-    if config.resume in ("auto", "never"):
-        return own
-    given = checkpoint.resolve(config.resume, "resume")
-    if own is None or own.resolve() == given.resolve() or _step(own) < _step(given):
-        return given
-    say(f"resume={config.resume}: this run has gone on from there")
-    return own
+    asked = own if config.resume in ("auto", "never") else checkpoint.resolve(config.resume, "resume")
+    if asked is None:
+        return None, {}
+    if own is None or own.resolve() != asked.resolve():
+        given = checkpoint.read(asked)
+        if own is None or given["global_step"] > checkpoint.manifest(folder)[-1].step:
+            return asked, given
+        say(f"resume={config.resume}: this run has gone on from there")
+        asked = own
+    return asked, checkpoint.read(asked, verified=True)
 
 
 def _estimate(config: Experiment, method: Method) -> int:
@@ -261,10 +270,6 @@ def _check_fallback(config: Experiment) -> None:
         except OSError as error:
             problem = f"checkpoint.fallback={config.checkpoint.fallback} cannot be written: {error.strerror or error}"
             raise EnvironmentFault(problem) from error
-
-
-def _step(path: Path) -> int:
-    return int(checkpoint.read(path)["global_step"])
 
 
 def _complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:

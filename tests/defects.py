@@ -352,9 +352,9 @@ def from_scratch_when_the_manifest_is_lost():
 
 @defect(then="touch", says="order")
 def newest_by_its_date():
-    checkpoint.newest = lambda folder: max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    checkpoint.newest = lambda folder, found: max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 @defect(says="order")
 def oldest_taken():
-    checkpoint.newest = lambda folder: min(folder.glob("*.ckpt"), default=None)
+    checkpoint.newest = lambda folder, found: min(folder.glob("*.ckpt"), default=None)

@@ -164,6 +164,27 @@ def test_a_method_that_runs_its_networks_itself_is_refused():
         model.training_step(Case("simclr").batches(1)[0], 0)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "within a network made anew"])
+def test_micro_batch_is_refused_where_only_heads_run_in_parts(whole):
+    model = Case("simclr", micro_batch=2).build()
+    assert model.training_step(Case("simclr").batches(1)[0], 0)["loss"] > 0
+
+    def heads_only(batch):
+        if whole:
+            (z,) = model.each(torch.nn.Sequential(model.backbone, model.projector), batch.views[:1])
+        else:
+            (z,) = model.each(model.projector, [model.backbone(batch.views[0])])
+        return {"loss": z.sum(), "feats": z}
+
+    model.losses = heads_only
+    model.each.renew()
+    if whole:
+        model.training_step(Case("simclr").batches(1)[0], 0)
+    else:
+        with pytest.raises(ConfigError, match="micro_batch has no effect: SimCLR runs its backbone without self.each"):
+            model.training_step(Case("simclr").batches(1)[0], 0)
+
+
 def test_the_directory_is_the_same(tmp_path):
     folders = {experiment(tiny("nnclr", tmp_path, view_batching=mode)).run_dir(8) for mode in ("separate", "concat")}
     assert len(folders) == 1

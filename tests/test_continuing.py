@@ -69,7 +69,7 @@ WRONG = {
     "it lacks DataModule": lambda s: s.pop("DataModule"),
     "place in the data is damaged: its epoch is None": lambda s: s["DataModule"].clear(),
     "place in the data is damaged: its batch is -1": lambda s: s["DataModule"].update(batch=-1),
-    "list of unreadable images is damaged": lambda s: s.update(unreadable={"x": 3}),
+    "x.ckpt cannot be continued: its list of unreadable images is damaged": lambda s: s.update(unreadable={"x": 3}),
     "it lacks lr_schedulers": lambda s: s.pop("lr_schedulers"),
     "it does not name the version of pytorch-lightning": lambda s: s.update({"pytorch-lightning_version": "x"}),
 }

@@ -21,6 +21,7 @@ from solo.experiment import experiment
 from solo.run import build, pretrain
 from solo.testing import run_ranks
 from tests.data.common import make_folder
+from tests.test_continuing import watched
 from tests.tiny import values
 
 
@@ -71,12 +72,50 @@ def test_a_requeued_job_does_not_begin_anew_again(tmp_path, said, monkeypatch):
     assert "complete with" in line and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """A run that a signal ended at step 5 of 8, and the weights that it goes on to."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    content = values("nnclr", folder / "run", max_epochs=1)
+    watched(5, **content)
+    shutil.copytree(folder / "run", folder / "kept", symlinks=True)
+    return folder / "kept", pretrain(experiment(content)).method.state_dict()
+
+
+@pytest.mark.parametrize("resume", ["auto", "path", "complete"])
+def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, monkeypatch):
+    """What was judged is what is trained on: behind its verdict, the file may be anything."""
+
+    def weights(name, **changes):
+        config = experiment(values("nnclr", tmp_path / name, max_epochs=1, **changes))
+        return pretrain(config).method.state_dict()
+
+    kept, whole = broken_off
+    shutil.copytree(kept, tmp_path / "run", symlinks=True)
+    if resume == "complete":
+        weights("run")
+    (last,) = (path.resolve() for path in tmp_path.glob("run/*/last.ckpt"))
+    looks, begin, digest, read_tensors = [], start.begin, checkpoint.digest, checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "digest", lambda path: looks.append("sum") or digest(path))
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: looks.append("load") or read_tensors(path))
+
+    def begun(*arguments):
+        found = begin(*arguments)
+        assert looks == ["sum", "load"]
+        last.write_bytes(b"another one")
+        return found
+
+    monkeypatch.setattr("solo.run.begin", begun)
+    found = weights("other", resume=str(last)) if resume == "path" else weights("run")
+    assert looks == ["sum", "load"] and all(torch.equal(found[name], value) for name, value in whole.items())
+
+
 def decided(rank, content, refuse):
     """What two ranks make of one directory of which the second sees nothing, or something else."""
     config = experiment(content)
     if rank == 1:
         checkpoint.newest = lambda folder: None
-    strategy = SimpleNamespace(root_device="cpu")
+    strategy = SimpleNamespace(root_device="cpu", checkpoint_io=checkpoint.AtomicCheckpointIO(config.run_dir(8)))
     real = pl.Trainer(logger=False, enable_checkpointing=False)
     trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1, callbacks=[],
                               fit_loop=real.fit_loop, precision_plugin=real.precision_plugin)
@@ -205,8 +244,8 @@ def test_processors_of_different_makers_are_of_different_kinds(monkeypatch, cpui
     assert start._processor() == f"{kind} with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def held_alike(rank, change, code):
-    start._code = lambda: code[rank]
+def held_alike(rank, change, code, runners):
+    start._code, start.runner = (lambda: code[rank]), (lambda device: runners[rank])
     config = experiment(values("nnclr", "runs", **change[rank]))
     try:
         start.alike(config, method=build(config))
@@ -216,20 +255,22 @@ def held_alike(rank, change, code):
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "line"),
+    ("changes", "code", "runners", "line"),
     [
-        ([{}, {}], "aa", None),
-        ([{"seed": 5}, {"seed": 6}], "aa", "rank 1 differs: seed=6 (rank 0: 5)"),
-        ([{}, {"extra": {"mine": 1}}], "aa", "rank 1 differs: extra.mine=1 (rank 0: None)"),
-        ([{}, {}], "ab", "rank 1 differs: solo's code=b (rank 0: a)"),
-        ([{"extra": {"api_key": f"sk-{rank}"}} for rank in range(2)], "aa",
+        ([{}, {}], "aa", "TT", None),
+        ([{"seed": 5}, {"seed": 6}], "aa", "TT", "rank 1 differs: seed=6 (rank 0: 5)"),
+        ([{}, {"extra": {"mine": 1}}], "aa", "TT", "rank 1 differs: extra.mine=1 (rank 0: None)"),
+        ([{}, {}], "ab", "TT", "rank 1 differs: solo's code=b (rank 0: a)"),
+        ([{}, {}], "aa", ["Triton 3.9", "torch, no C compiler"],
+         "rank 1 differs: kernels=torch, no C compiler (rank 0: Triton 3.9)"),
+        ([{"extra": {"api_key": f"sk-{rank}"}} for rank in range(2)], "aa", "TT",
          "rank 1 differs: extra.api_key=(hidden) (rank 0: (hidden))"),
-        ([{"data": {"cache_dir": f"/scratch/node{rank}"}} for rank in range(2)], "aa", None),
+        ([{"data": {"cache_dir": f"/scratch/node{rank}"}} for rank in range(2)], "aa", "TT", None),
     ],
-    ids=["alike", "seed", "key", "code", "secret", "cache of a node"],
+    ids=["alike", "seed", "key", "code", "kernels", "secret", "cache of a node"],
 )
-def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, line):
-    first, second = run_ranks(held_alike, changes, code)
+def test_ranks_that_differ_stop_together_and_name_what_differs(changes, code, runners, line):
+    first, second = run_ranks(held_alike, changes, code, runners)
     assert (first, second) == ((f"ConfigError {line}", "SystemExit 0") if line else ("alike", "alike"))
 
 

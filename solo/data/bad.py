@@ -23,6 +23,7 @@ from solo.reading import MAX_JSON, parse_json
 
 log = logging.getLogger(__name__)
 
+REPLACED, LEFT_OUT = "replaced by another one", "left out"     # what becomes of them: in training, and elsewhere
 _TRIES = 100
 _STAND_IN = 0x7375627374
 T = TypeVar("T")
@@ -69,9 +70,7 @@ class BadImages:
         fate: what becomes of such an image, for the log.
     """
 
-    def __init__(
-        self, source: Source, limit: float, report_dir: Path | None = None, fate: str = "replaced by another one"
-    ) -> None:
+    def __init__(self, source: Source, limit: float, report_dir: Path | None = None, fate: str = REPLACED) -> None:
         self._source, self._limit, self._fate = source, limit, fate
         self.report_dir = report_dir
         self._reasons: dict[int, str] = {}
@@ -124,7 +123,7 @@ class BadImages:
             DataError: as `add`.
             ConfigError: it is no such state.
         """
-        if not isinstance(state, Mapping) or not all(isinstance(state[key], str) and _is_index(key) for key in state):
+        if not is_state(state):
             raise ConfigError("the checkpoint's list of unreadable images is damaged")
         self._reasons |= {int(index): reason for index, reason in state.items() if int(index) < len(self._source)}
         if world_size() == 1 and self._too_many():
@@ -184,8 +183,11 @@ class BadImages:
         return Path(folder) / "bad_samples.jsonl"
 
 
-def _is_index(key: object) -> bool:
-    return str(key).isdecimal() and len(str(key)) < 20
+def is_state(state: object) -> bool:
+    """Whether a value is the state of a `BadImages`."""
+    return isinstance(state, Mapping) and all(
+        isinstance(state[key], str) and str(key).isdecimal() and len(str(key)) < 20 for key in state
+    )
 
 
 def _names(file: BinaryIO) -> set[str]:

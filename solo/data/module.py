@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solo.batch import Batch
 from solo.console import warn
-from solo.data.bad import BadImages, load_or_replace
+from solo.data.bad import LEFT_OUT, REPLACED, BadImages, load_or_replace
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, DatasetSpec, statistics
 from solo.data.engines import ENGINES, Job, choose, require
@@ -74,8 +74,8 @@ class DataModule(pl.LightningDataModule):
         _check_views(self.views, self.spec)
         probe(self._train)
         self._check_steps(1)
-        self.bad = BadImages(self._train, config.max_bad_fraction)
-        self.bad_val = BadImages(val, config.max_bad_fraction) if val is not None else None
+        self.bad = BadImages(self._train, config.max_bad_fraction, fate=REPLACED if views else LEFT_OUT)
+        self.bad_val = None if val is None else BadImages(val, config.max_bad_fraction, fate=LEFT_OUT)
         self._position: Position | None = None
         self._loader: TrainLoader | None = None
         self._engine_name: str | None = None

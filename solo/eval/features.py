@@ -52,8 +52,8 @@ def extract(backbone: nn.Module, loader: Iterable[Batch], device: torch.device |
     """Features of the first view of every image, of all ranks, in dataset order.
 
     Args:
-        backbone: [B, C, H, W] -> [B, D]; its modes are restored afterwards.
-        loader: clean batches; under several ranks each rank's own share.
+        backbone: [B, C, H, W] -> [B, D] with ``num_features`` = D; its modes are restored afterwards.
+        loader: clean batches; under several ranks each rank's own share, of which some may be empty.
         device: where the backbone is.
 
     Returns:
@@ -68,6 +68,9 @@ def extract(backbone: nn.Module, loader: Iterable[Batch], device: torch.device |
             features.append(backbone(batch.views[0].to(device, dtype, non_blocking=True)).float().cpu())  # [B, D]
             labels.append(batch.labels.cpu())
             index.append(batch.index.cpu())
+    if not index:
+        none = torch.empty(0, dtype=torch.long)
+        features, labels, index = [torch.empty(0, int(backbone.num_features))], [none], [none]  # type: ignore[arg-type]
     rows = [torch.cat(part) for part in (features, labels, index)]
     if world_size() > 1:
         rows = [gather_uneven(part.to(device)).cpu() for part in rows]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solo.config import bind, main, plain, unknown_key
 from solo.console import quiet_libraries, say
-from solo.data.bad import BadImages
+from solo.data.bad import LEFT_OUT, BadImages
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.loaders import CleanLoader
@@ -127,7 +127,7 @@ def _images(config: VOCEvaluation, source: Pretrained, data: DataConfig) -> Imag
 
     def rows(part: VOCSource) -> Rows:
         probe(part)
-        bad = BadImages(part, data.max_bad_fraction, fate="left out")
+        bad = BadImages(part, data.max_bad_fraction, fate=LEFT_OUT)
         loader = CleanLoader(part, config.batch_size, size, mean, std, bad, 0, 1, data.num_workers, data.timeout)
         features, position = extract(backbone, loader, device)
         labels = torch.from_numpy(part.targets)[position].long()                                    # [N, C]

@@ -27,16 +27,34 @@ def uses_triton(*tensors: Tensor) -> bool:
     Raises:
         ConfigError: ``SOLO_KERNELS`` is neither ``auto`` nor ``off``.
     """
+    fit = all(x.dtype in _DTYPES and x.numel() > 0 and x.shape[-1] <= WIDEST for x in tensors)
+    return not any(_hindrance(device) for device in {x.device for x in tensors}) and fit
+
+
+def runner(device: torch.device | str) -> str:
+    """What runs the kernels on a device of this process, and why, for comparison with other processes: it rounds otherwise."""
+    try:
+        if why := _hindrance(torch.device(device)):
+            return f"torch, {why}"
+    except ConfigError as error:        # raised by the first step, together with the others
+        return str(error)
+    import triton  # here, as a run without it must work
+
+    return f"Triton {triton.__version__}"
+
+
+def _hindrance(device: torch.device) -> str:
+    """What keeps Triton from a device, or nothing."""
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "off"):
         raise ConfigError(f"{SWITCH} is auto or off, got {switch!r}")
-    return (
-        switch == "auto"
-        and all(x.dtype in _DTYPES and x.numel() > 0 and x.shape[-1] <= WIDEST for x in tensors)
-        and all(_able(x.device.index) if x.is_cuda else interpreted() for x in tensors)
-        and find_spec("triton") is not None
-        and (interpreted() or compiler())
-    )
+    if switch == "off":
+        return f"{SWITCH}=off"
+    if not (_able(device.index) if device.type == "cuda" else interpreted()):
+        return "no GPU that Triton takes"
+    if find_spec("triton") is None:
+        return "no Triton"
+    return "" if interpreted() or compiler() else "no C compiler (install gcc or set CC)"
 
 
 @cache

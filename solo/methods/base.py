@@ -195,9 +195,11 @@ class Method(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self.losses(batch)
-        asked = "view_batching=concat" if self.each.mode == "concat" else self.each.micro_batch and "micro_batch"
-        if asked and not self.each.used:
-            raise ConfigError(f"{asked} has no effect: {type(self).__name__} runs its networks without self.each: leave it out")
+        name, each = type(self).__name__, self.each
+        if each.mode == "concat" and not each.used:
+            raise ConfigError(f"view_batching=concat has no effect: {name} runs its networks without self.each: leave it out")
+        if each.micro_batch and not each.ran(self.backbone):
+            raise ConfigError(f"micro_batch has no effect: {name} runs its backbone without self.each: leave it out")
         outputs["feats"] = outputs["feats"].detach()
         return outputs
 

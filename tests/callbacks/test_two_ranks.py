@@ -38,12 +38,13 @@ def features_and_hits(rank, shares):
     torch.manual_seed(0)
     backbone = ToyBackbone()
     bank = extract(backbone, shares[rank], "cpu")
-    own = torch.cat([batch.index for batch in shares[rank]])
+    own = [i for batch in shares[rank] for i in batch.index.tolist()]
     hits = knn_hits(bank, Features(bank.features[own], bank.labels[own]), CLASSES, [Vote(k=5)])
     return bank.features.tolist(), bank.labels.tolist(), all_reduce(hits).tolist()
 
 
-SHARES = {"contiguous": (batches(1)[:4], batches(1)[4:]), "striped": (batches(1)[::2], batches(1)[1::2])}
+SHARES = {"contiguous": (batches(1)[:4], batches(1)[4:]), "striped": (batches(1)[::2], batches(1)[1::2]),
+          "one has none": (batches(1), [])}
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)

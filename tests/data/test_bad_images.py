@@ -22,7 +22,7 @@ from solo.data.sources import FolderSource
 from solo.data.tar import TarSource
 from solo.errors import DataError, EnvironmentFault
 from solo.testing import run_ranks
-from tests.data.common import KINDS, broken, encoded, folder, full_view, make_folder, module, picture
+from tests.data.common import KINDS, VIEWS, broken, encoded, folder, full_view, make_folder, module, picture
 
 
 def test_every_kind_of_image_becomes_rgb() -> None:
@@ -115,6 +115,21 @@ def test_bad_images_are_replaced_named_once_and_counted(
     assert torch.cat([batch.index for batch in clean]).tolist() == [i for i in range(60) if i not in data.bad.index]
     assert all(batch.labels.tolist() == data._train.labels[batch.index].tolist() for batch in clean)
     data.teardown("fit")
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_what_becomes_of_a_bad_image_is_said_as_it_is(engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Replaced where views of it are trained; left out where it is judged by, and of an evaluation."""
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, {"a": 9})[1].write_bytes(b"bad")
+    images = {f"{part}_path": str(tmp_path / part) for part in ("train", "val")}
+    for views, fate in ((VIEWS, "replaced by another one"), ([], "left out")):
+        caplog.clear()
+        data = module(views=views, dataset="image_folder", max_bad_fraction=1.0, engine=engine, num_workers=0, **images)
+        shown = [[i for batch in data.clean_loader(train=train) for i in batch.index.tolist()] for train in (True, False)]
+        assert shown == [[0, 2, 3, 4, 5, 6, 7, 8]] * 2
+        train, val = sorted(record.getMessage() for record in caplog.records)
+        assert "train" in train and train.endswith(fate) and "val" in val and val.endswith("left out")
 
 
 def listing(run: Path) -> list[str]:

@@ -171,12 +171,18 @@ def test_without_a_c_compiler_the_twins_run_and_that_is_said_once(tmp_path, monk
     monkeypatch.setattr(dispatch, "_able", lambda _: True)
     monkeypatch.setattr(dispatch, "find_spec", lambda _: object())
     rows = SimpleNamespace(dtype=torch.float32, numel=lambda: 8, shape=(2, 4), is_cuda=True, device=torch.device("cuda", 0))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.1"))
     try:
         dispatch.compiler.cache_clear()
         assert not dispatch.uses_triton(rows) and not dispatch.uses_triton(rows)
         assert [record.message.partition(",")[0] for record in caplog.records] == ["no C compiler here"]
+        assert dispatch.runner(rows.device) == "torch, no C compiler (install gcc or set CC)"
         monkeypatch.setenv("CC", "gcc")
         dispatch.compiler.cache_clear()
-        assert dispatch.uses_triton(rows)
+        assert dispatch.uses_triton(rows) and dispatch.runner("cuda:0") == "Triton 3.9.1"
+        monkeypatch.setenv("SOLO_KERNELS", "off")
+        assert dispatch.runner("cuda:0") == "torch, SOLO_KERNELS=off"
+        monkeypatch.setenv("SOLO_KERNELS", "no")
+        assert dispatch.runner("cuda:0") == "SOLO_KERNELS is auto or off, got 'no'"
     finally:
         dispatch.compiler.cache_clear()
