@@ -228,11 +228,14 @@ def newest(folder: str | Path) -> Path | None:
     return path
 
 
-def repair(folder: str | Path) -> None:
+def repair(folder: str | Path) -> Path | None:
     """Put a folder in order before its run goes on: the manifest names nothing that is known to be damaged.
 
     What is damaged is kept under another name, ``*.corrupt``; what killed writers left is removed, and so is, with a line,
     an older checkpoint that the manifest has forgotten.
+
+    Returns:
+        What `newest` returns.
 
     Raises:
         ConfigError: there are checkpoints, and each is damaged; then nothing is changed.
@@ -241,7 +244,7 @@ def repair(folder: str | Path) -> None:
     sweep(folder)
     found = survey(folder)
     if not found.valid:
-        return
+        return None
     for name, problem in found.damaged.items():
         if (folder / name).exists():
             os.replace(folder / name, folder / f"{name}.corrupt")
@@ -256,6 +259,7 @@ def repair(folder: str | Path) -> None:
             log.warning("%s is removed: %s does not name it and goes on from %s (a copy kept elsewhere: resume=PATH)",
                         path, MANIFEST, last)
             path.unlink()
+    return folder / last
 
 
 def resolve(path: str | Path, key: str = "checkpoint") -> Path:
@@ -365,13 +369,20 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self._judged: tuple[Path, dict[str, Any]] | None = None
+
+    def judge(self, path: Path) -> dict[str, Any]:
+        """What a file holds, kept for `load_checkpoint` if that is next: a large one is read once to decide and to go on."""
+        self._judged = path, read(path)
+        return self._judged[1]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         still_own(self.run_dir)
         save(checkpoint, path, keep=bool((storage_options or {}).get("keep")))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(path)
+        judged, self._judged = self._judged, None
+        return judged[1] if judged and judged[0] == Path(path) else read(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

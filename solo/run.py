@@ -137,7 +137,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     with start.lease:
         if start.path is not None and start.complete:
             say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
-            method.load_state_dict(checkpoint.read(start.path)["state_dict"])
+            method.load_state_dict(trainer.strategy.load_checkpoint(start.path)["state_dict"])
         else:
             _write_config(config, run_dir)
             _fit(trainer, method, data, start.path, config.step_timeout)

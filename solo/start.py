@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -92,7 +92,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
             _check_fallback(config)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
-    content = checkpoint.read(path)
+    content = cast(checkpoint.AtomicCheckpointIO, trainer.strategy.checkpoint_io).judge(path)
     provenance = checkpoint.provenance(content, path)
     if provenance["method"] != config.method:
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
@@ -213,8 +213,7 @@ def _choose(config: Experiment, run_dir: Path) -> Path | None:
             say(f"resume=never: starting anew; the earlier run is now {old}")
         return None
     sweep(run_dir)
-    checkpoint.repair(run_dir / "checkpoints")
-    own = checkpoint.newest(run_dir / "checkpoints")
+    own = checkpoint.repair(run_dir / "checkpoints")
     link = run_dir / "last.ckpt"
     if own is not None and link.resolve() != own.resolve():     # a save was interrupted before its last move
         write_link(link, own.relative_to(run_dir))

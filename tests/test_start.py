@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -63,6 +64,29 @@ def test_a_path_to_resume_is_forgotten_once_the_run_is_further(tmp_path, said):
     ]
 
 
+class Content(dict):
+    """One that can be watched."""
+
+
+def test_a_checkpoint_is_read_once_and_not_kept(tmp_path, monkeypatch):
+    read, contents, kept = checkpoint.read_tensors, [], []
+
+    def watched(path):
+        content = Content(read(path))
+        contents.append(weakref.ref(content))
+        return content
+
+    monkeypatch.setattr(checkpoint, "read_tensors", watched)
+    watch = pl.Callback()
+    watch.on_train_batch_start = lambda *_: kept.extend(each() for each in contents)
+    done = pretrain(experiment(values("nnclr", tmp_path, max_epochs=1)))
+    for changes in ({"max_epochs": 2, "resume": str(done.checkpoint)}, {"max_epochs": 1}):      # goes on; is complete
+        contents.clear()
+        pretrain(experiment(values("nnclr", tmp_path, **changes)), [watch])
+        assert len(contents) == 1
+    assert kept and not any(kept)
+
+
 def test_a_requeued_job_does_not_begin_anew_again(tmp_path, said, monkeypatch):
     content = values("nnclr", tmp_path, max_epochs=1, resume="never")
     said(content)
@@ -75,8 +99,8 @@ def decided(rank, content, refuse):
     """What two ranks make of one directory of which the second sees nothing, or something else."""
     config = experiment(content)
     if rank == 1:
-        checkpoint.newest = lambda folder: None
-    strategy = SimpleNamespace(root_device="cpu")
+        checkpoint.repair = lambda folder: None
+    strategy = SimpleNamespace(root_device="cpu", checkpoint_io=checkpoint.AtomicCheckpointIO(config.run_dir(8)))
     real = pl.Trainer(logger=False, enable_checkpointing=False)
     trainer = SimpleNamespace(global_rank=rank, strategy=strategy, max_epochs=2, max_steps=-1, callbacks=[],
                               fit_loop=real.fit_loop, precision_plugin=real.precision_plugin)
