@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -62,6 +63,29 @@ def test_a_path_to_resume_is_forgotten_once_the_run_is_further(tmp_path, said):
         f"resume={given}: this run has gone on from there",
         f"run directory: {run_dir} (complete with step-000000016.ckpt, epoch 2, step 16)",
     ]
+
+
+class Content(dict):
+    """One that can be watched."""
+
+
+def test_a_checkpoint_is_read_once_and_not_kept(tmp_path, monkeypatch):
+    read, contents, kept = checkpoint.read_tensors, [], []
+
+    def watched(path):
+        content = Content(read(path))
+        contents.append(weakref.ref(content))
+        return content
+
+    monkeypatch.setattr(checkpoint, "read_tensors", watched)
+    watch = pl.Callback()
+    watch.on_train_batch_start = lambda *_: kept.extend(each() for each in contents)
+    done = pretrain(experiment(values("nnclr", tmp_path, max_epochs=1)))
+    for changes in ({"max_epochs": 2, "resume": str(done.checkpoint)}, {"max_epochs": 1}):      # goes on; is complete
+        contents.clear()
+        pretrain(experiment(values("nnclr", tmp_path, **changes)), [watch])
+        assert len(contents) == 1
+    assert kept and not any(kept)
 
 
 def test_a_requeued_job_does_not_begin_anew_again(tmp_path, said, monkeypatch):

@@ -70,15 +70,8 @@ def broken(folder: Path, damaged: set[str]) -> Iterator[str]:
     if link.is_symlink() and not link.exists():
         yield "last.ckpt points to nothing"
     newest = folder / list(named)[-1] if named else folder
-    if newest.is_file() and not damaged:
-        try:
-            content = checkpoint.read_tensors(newest)
-        except SoloError as error:
-            yield str(error)
-            return
-        tensors = [*content["state_dict"].values(), *_tensors(content["optimizer_states"])]
-        if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
-            yield f"{newest.name} holds numbers that are not finite"
+    if newest.is_file() and not damaged and (problem := _unsound(newest, state_of(newest))):
+        yield problem
 
 
 def _unreadable(path: Path) -> str:
@@ -87,6 +80,18 @@ def _unreadable(path: Path) -> str:
     except SoloError as error:
         return str(error)
     return ""
+
+
+@lru_cache(maxsize=256)
+def _unsound(path: Path, state: tuple[int, ...]) -> str:
+    try:
+        content = checkpoint.read_tensors(path)
+    except SoloError as error:
+        return str(error)
+    tensors = [*content["state_dict"].values(), *_tensors(content["optimizer_states"])]
+    if all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
+        return ""
+    return f"{path.name} holds numbers that are not finite"
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """One run that is killed, damaged and started again, and everything that must hold meanwhile."""
 
+import gc
 import math
 import mmap
 import os
@@ -48,6 +49,7 @@ def reference(content: dict[str, Any], folder: Path) -> Reference:
         raise SoloError("\n".join(run.problems))
     processes.import_noted(modules)
     _load_kernel(run.config)
+    gc.freeze()                 # what the forks inherit: a collection there would touch, and so copy, all of it
     times = [time for _, _, time in RECORD.iter_unpack(run.trace.read_bytes())]
     return Reference(run.losses, checkpoint.read(run.run_dir / "last.ckpt"), (times[-1] - times[0]) / (len(times) - 1))
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,9 +71,11 @@ def decode_all(source: Source, shape: tuple[int, ...]) -> Decoded | None:
     """All images of ``source``, or ``None`` when one is not of ``shape``."""
     images = np.zeros((len(source), *shape), dtype=np.uint8)
     unreadable: dict[int, str] = {}
-    quiet = len(source) < WORTH or not Console().is_terminal
+    numbers: Iterable[int] = range(len(source))
+    if len(source) >= WORTH and Console().is_terminal:
+        numbers = track(numbers, "decoding images", transient=True)
     # Threads would only wait for each other: decoding small images holds the interpreter lock.
-    for i in track(range(len(source)), "decoding images", transient=True, disable=quiet):
+    for i in numbers:
         try:
             image = source.load(i)
         except BadImage as error:

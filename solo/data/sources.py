@@ -1,6 +1,7 @@
 """Where images come from: memory, a folder, a file of encoded images, a torchvision dataset."""
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ class FakeSource:
         return len(self.labels)
 
     def load(self, i: int) -> np.ndarray:
-        return integers(256, self._seed, i, np.arange(np.prod(self._shape))).astype(np.uint8).reshape(self._shape)
+        return integers(256, self._seed, i, np.arange(math.prod(self._shape))).astype(np.uint8).reshape(self._shape)
 
     def name(self, i: int) -> str:
         return str(i)
