@@ -10,13 +10,14 @@ def command(values: dict[str, Any]) -> None:
     from solo.callbacks.health import FiniteGuard
     from solo.callbacks.metrics import MetricsLogger
     from solo.callbacks.progress import RunProgress
-    from solo.callbacks.signals import SignalGuard
+    from solo.callbacks.signals import SignalGuard, ValidationGuard
     from solo.console import quiet_libraries
     from solo.eval.protocol import evaluate_linear
     from solo.experiment import TRAINER_ARGUMENTS
 
     quiet_libraries()
-    evaluate_linear(values, TRAINER_ARGUMENTS, [FiniteGuard(), MetricsLogger(), RunProgress(), SignalGuard()])
+    guard = SignalGuard()
+    evaluate_linear(values, TRAINER_ARGUMENTS, [FiniteGuard(), MetricsLogger(), RunProgress(), guard, ValidationGuard(guard)])
 
 
 if __name__ == "__main__":

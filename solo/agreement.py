@@ -5,21 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from solo.dist import all_reduce, rank, world_size
+from solo.dist import all_reduce, all_reduce_awake, rank, world_size
 
 
-def of_each_rank(row: Tensor) -> list[list[float]]:
+def of_each_rank(row: Tensor, meanwhile: Callable[[], object] | None = None) -> list[list[float]]:
     """Numbers of every rank, by one collective and one wait for the device.
 
     Args:
         row: [K], this rank's.
+        meanwhile: see `all_reduce_awake`; without it a signal is handled when all ranks are there.
 
     Returns:
         K lists of one number for each rank.
     """
     table = row.new_zeros(len(row), world_size())
     table[:, rank()] = row
-    return all_reduce(table).tolist()
+    return (all_reduce(table) if meanwhile is None else all_reduce_awake(table, meanwhile)).tolist()
 
 
 class Agreement:

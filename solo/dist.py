@@ -1,6 +1,8 @@
 """The few collectives the library needs. In one process each is the identity."""
 
+import time
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -177,6 +179,20 @@ def all_reduce(x: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
+    return x
+
+
+def all_reduce_awake(x: Tensor, meanwhile: Callable[[], object]) -> Tensor:
+    """`all_reduce` in which this process handles its signals while it waits for the others, and calls ``meanwhile``."""
+    if world_size() > 1:
+        work = dist.all_reduce(x, async_op=True)
+        try:
+            while not work.is_completed():
+                meanwhile()
+                time.sleep(0.01)
+            work.wait()
+        finally:
+            del work        # what a signal's handler raises would keep it, and with it the group's connections
     return x
 
 

@@ -56,11 +56,14 @@ class EnvironmentFault(SoloError):
 
 
 class Interrupted(SoloError):
-    """A signal ended the run after its state was saved; ``128 + signal`` is the exit code."""
+    """A signal ended the run after its state was saved; ``128 + signal`` is the exit code.
+
+    Without a number: a second Ctrl-C on another rank, the one interruption of which the others only hear.
+    """
 
     kind = "interrupted"
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
 

@@ -45,6 +45,29 @@ def turn_of_first(name: str, seconds: float) -> Iterator[None]:
             _until(lambda: store.check([name]), seconds)
 
 
+class Flag:
+    """What any process may raise for all of them, and each sees when it looks: no collective.
+
+    Args:
+        name: used once.
+    """
+
+    def __init__(self, name: str) -> None:
+        alone = world_size() == 1
+        self._store = None if alone else dist.PrefixStore("solo/flag", dist.distributed_c10d._get_default_store())
+        self._name, self._up = name, False
+
+    def up(self, mine: bool) -> bool:
+        """Whether it is raised; ``mine``: raise it."""
+        if self._store is not None and not self._up:
+            if mine:
+                self._store.set(self._name, "")
+            else:
+                self._up = self._store.check([self._name])
+        self._up = self._up or mine
+        return self._up
+
+
 @contextmanager
 def together(timeout: float) -> Iterator[None]:
     """Around what several processes do together.

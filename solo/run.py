@@ -25,6 +25,7 @@ from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.overflow import OverflowGuard
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
+from solo.callbacks.signals import ValidationGuard
 from solo.compiling import compile_networks
 from solo.config import load
 from solo.console import quiet_libraries, say
@@ -237,7 +238,8 @@ def _trainer(
     provenance = {"format": checkpoint.FORMAT, "version": library_version(), "method": config.method, "config": config.record()}
     agreement = Agreement()
     guard = Health(config.health, agreement) if config.health.enabled else FiniteGuard(agreement)
-    callbacks: list[pl.Callback] = [guard, OverflowGuard()]
+    saver = Checkpointer(config.checkpoint, run_dir, provenance, agreement)
+    callbacks: list[pl.Callback] = [guard, OverflowGuard(), ValidationGuard(saver)]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
         callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
@@ -250,7 +252,7 @@ def _trainer(
         SettledCounters(),
         AgreedCount(agreement),
         FailedStep(run_dir, config.method),
-        Checkpointer(config.checkpoint, run_dir, provenance, agreement),
+        saver,
     ]
     plugins: list[Any] = [checkpoint.AtomicCheckpointIO(run_dir)]
     if SLURMEnvironment.detect():

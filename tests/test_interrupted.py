@@ -118,18 +118,20 @@ def test_behind_the_last_step_the_run_is_complete_and_says_so(whole, tmp_path, c
     assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
 
 
-@pytest.mark.parametrize("place", ["a batch", "the bank of k-NN"])
+@pytest.mark.parametrize("place", ["behind an epoch", "within an epoch", "the bank of k-NN"])
 def test_a_validation_is_broken_off_between_two_batches(whole, tmp_path, monkeypatch, place):
     """It may take longer than a queue's warning allows. The run that goes on leaves that one out and trains the same bits."""
-    shown, longer = [], {"knn": {"enabled": True, "k": [2]}}
+    shown, longer, bank, step = [], {"knn": {"enabled": True, "k": [2]}}, place == "the bank of k-NN", 8
+    if place == "within an epoch":
+        longer["val_check_interval"] = step = 3
 
     class Shown(pl.Callback):
         def on_validation_batch_start(self, *_):
             shown.append("query")
-            if place == "a batch":
+            if not bank:
                 signal.raise_signal(signal.SIGUSR2)
 
-    def bank(trainer, batches):
+    def of_the_bank(trainer, batches):
         def noted():
             for batch in batches:
                 shown.append("bank")
@@ -137,19 +139,42 @@ def test_a_validation_is_broken_off_between_two_batches(whole, tmp_path, monkeyp
                 signal.raise_signal(signal.SIGUSR2)
         return heeding(trainer, noted())
 
-    if place != "a batch":
-        monkeypatch.setattr(knn, "heeding", bank)
-    with pytest.raises(Interrupted, match="step 8: saved .*; the validation of this epoch is left out$") as left:
+    if bank:
+        monkeypatch.setattr(knn, "heeding", of_the_bank)
+    which = "step" if step == 3 else "epoch"
+    with pytest.raises(Interrupted, match=f"step {step}: saved .*; the validation of this {which} is left out$") as left:
         pretrain(experiment(content(tmp_path, **longer)), [Shown()])
     assert left.value.exit_code == 128 + signal.SIGUSR2
-    assert shown == (["query"] if place == "a batch" else ["query"] * shown.count("query") + ["bank"] * 2)
-    assert_same(state(checkpoint.read(only(tmp_path))), state(checkpoint.read(whole / "8.ckpt")))
+    assert shown == (["query"] * shown.count("query") + ["bank"] * 2 if bank else ["query"])
+    assert_same(state(checkpoint.read(only(tmp_path))), state(checkpoint.read(whole / f"{step}.ckpt")))
     monkeypatch.undo()
     seen = EveryStep(None)
-    # With fewer validations, too: Lightning would train a ninth batch of the epoch.
-    result = pretrain(experiment(content(tmp_path, **longer, limit_val_batches=0 if place == "a batch" else None)), [seen])
-    assert sorted(seen.losses) == list(range(9, 17))
-    assert_same(state(checkpoint.read(result.checkpoint)), state(checkpoint.read(whole / "16.ckpt")))
+    # With fewer validations, too: Lightning would train a ninth batch of the epoch, or count a step less.
+    result = pretrain(experiment(content(tmp_path, **longer, limit_val_batches=None if bank else 0)), [seen])
+    assert sorted(seen.losses) == list(range(step + 1, 17))
+    resumed, undisturbed = checkpoint.read(result.checkpoint), checkpoint.read(whole / "16.ckpt")
+    assert_same(state(resumed), state(undisturbed))
+    assert counted(resumed) == counted(undisturbed)
+
+
+def counted(content):
+    """How many steps Lightning has counted, which is where its loggers are."""
+    return content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+
+
+def test_a_validation_between_accumulated_batches_is_finished(tmp_path):
+    """There is no state to save before the step's end."""
+    shown = []
+
+    class Shown(pl.Callback):
+        def on_validation_batch_end(self, *_):
+            shown.append("query")
+            signal.raise_signal(signal.SIGTERM)
+
+    config = experiment(content(tmp_path, accumulate_grad_batches=2, val_check_interval=3, limit_val_batches=2))
+    with pytest.raises(Interrupted, match="at epoch 1, step 2: saved .*; run the same command to continue$"):
+        pretrain(config, [Shown()])
+    assert shown == ["query"] * 2
 
 
 def test_while_saving_the_save_is_finished_and_one_more_step_made(whole, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from solo.agreement import Agreement, of_each_rank
 from solo.console import warn
 from solo.dist import end_together, world_size
 from solo.errors import Interrupted, hearing
+from solo.peers import Flag
 
 T = TypeVar("T")
 
@@ -65,21 +66,6 @@ class SignalGuard(Callback):
         if number:
             self.leave(trainer, number)
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.break_off(trainer)
-
-    def break_off(self, trainer: pl.Trainer) -> None:
-        """End one process between two batches of the validation behind an epoch; the state is that of the epoch's end.
-
-        Several ranks finish it: one may have fewer batches than another, so there is no batch at which all could agree.
-        """
-        if self._signal and world_size() == 1 and trainer.is_last_batch:
-            self.end_epoch(trainer, True)
-            self.leave(trainer, self._signal, "; the validation of this epoch is left out")
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         number, _ = self.agreed(trainer, False)
         self.end_epoch(trainer, bool(number))
@@ -117,6 +103,15 @@ class SignalGuard(Callback):
         numbers, wishes = of_each_rank(torch.tensor([self._signal, int(due)], device=trainer.strategy.root_device))
         return _obeyed(numbers), any(wishes)
 
+    def break_off(self, trainer: pl.Trainer) -> NoReturn:
+        """Save what a validation was to judge, and end all ranks without its numbers."""
+        number, _ = self.agreed(trainer, False)
+        if trainer.is_last_batch:
+            self.end_epoch(trainer, True)
+        else:
+            self.save(trainer, last=True)
+        self.leave(trainer, number, f"; the validation of this {'epoch' if trainer.is_last_batch else 'step'} is left out")
+
     def leave(self, trainer: pl.Trainer, number: int, note: str = "") -> NoReturn:
         """End all ranks.
 
@@ -127,13 +122,61 @@ class SignalGuard(Callback):
         end_together(Interrupted(f"{signal.Signals(number).name} at {where}: {self.kept()}{note}", number))
 
 
+class ValidationGuard(Callback):
+    """Breaks a validation off between two batches when a signal has come to any rank.
+
+    Ranks may have different numbers of batches, or none. Each ends its own as soon as it knows of a signal; behind its batches,
+    and before anything is summed over them, it waits for the others, and all agree whether the validation counts. One within
+    a step, of which some batches are still to be accumulated, is finished: there is no state to save yet.
+
+    Put it before the callbacks that compute something of the whole validation.
+
+    Args:
+        guard: hears the signals, saves, and ends the run.
+    """
+
+    def __init__(self, guard: SignalGuard) -> None:
+        self.guard = guard
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._flag = Flag("signal")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.asked(trainer):
+            raise StopIteration             # to Lightning's loop, which goes on as behind the last batch
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.agree(trainer)
+
+    def asked(self, trainer: pl.Trainer) -> bool:
+        """Whether the validation is to end: a signal has come to this rank, which lets the others know, or to another one."""
+        between_steps = trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        return between_steps and self._flag.up(bool(self.guard._signal))
+
+    def agree(self, trainer: pl.Trainer) -> None:
+        """To be called once by every rank, behind its batches.
+
+        Raises:
+            Interrupted: see `SignalGuard.leave`.
+        """
+        own = torch.tensor([int(self.asked(trainer))], device=trainer.strategy.root_device)
+        (asked,) = of_each_rank(own, meanwhile=lambda: self.asked(trainer))
+        if any(asked):
+            self.guard.break_off(trainer)
+
+
 def heeding(trainer: pl.Trainer, batches: Iterable[T]) -> Iterator[T]:
-    """Batches of a validation, between which the trainer's guards may break it off."""
+    """Further batches of a validation, which the trainer's `ValidationGuard` may break off too."""
+    guards = [each for each in trainer.callbacks if isinstance(each, ValidationGuard)]  # type: ignore[attr-defined]
     for batch in batches:
-        for guard in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(guard, SignalGuard):
-                guard.break_off(trainer)
+        if any(guard.asked(trainer) for guard in guards):
+            break
         yield batch
+    for guard in guards:
+        guard.agree(trainer)
 
 
 def _obeyed(numbers: list[float]) -> int:

@@ -14,10 +14,18 @@ class SettledCounters(pl.Callback):
     hook twice. Saved as finished, both resume like any checkpoint between epochs. What Lightning does between the last
     batch and the end of the epoch (validation, ``on_train_epoch_end``) is then not made up for on resume; a checkpoint
     that must not lose it is saved in ``on_train_epoch_end``.
+
+    One saved in a validation within an epoch says the same as one of the ``on_train_batch_end`` before it. Lightning would
+    go on from it behind that validation only where the resumed run too has one there.
     """
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        settle(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
+        loop = checkpoint["loops"]["fit_loop"]
+        settle(loop, trainer.num_training_batches)
+        batches = loop["epoch_loop.batch_progress"]
+        if trainer.validating and batches["current"]["processed"]:
+            for part in ("total", "current"):
+                batches[part]["completed"] = batches[part]["processed"] - 1
 
 
 def settle(fit_loop: dict[str, Any], batches_per_epoch: int | float) -> None:
