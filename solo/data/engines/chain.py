@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from solo.data.engines.jit import exact, fast, fetch, inlined, kept
+from solo.data.engines.jit import WIDTH, clamp, exact, fast, fetch, inlined, kept, load, plus, store, zeros
 from solo.data.engines.kernel_torch import LUMA
 
 Array = np.ndarray
@@ -21,7 +21,7 @@ U = np.uint64
 f32 = np.float32
 GOLDEN = U(0x9E3779B97F4A7C15)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (f32(number) for number in (0, 1, 2, 3, 4, 6))
-CACHE_LINE = U(16)  # numbers
+CACHE_LINE, LANES = U(16), U(WIDTH)  # numbers
 R, G, B = (f32(weight) for weight in LUMA)
 
 
@@ -80,53 +80,72 @@ def _draw(stream: U, view: Any, row: Any, u: Array) -> None:
 
 @fast
 def _crop(
-    pixels: Array, row: Any, view: Any, down: Any, across: Any, columns: Array, turned: Array, lines: Array, x: Array,
-    out: Array,
+    pixels: Array, row: Any, view: Any, down: Any, across: Any, source: Array, lines: Array, x: Array, out: Array, after: Array
 ) -> None:
-    """The box of an image [H * W * C] -> x [C, S * S]: along its rows, turned over, then down its columns.
+    """The box of an image [H * W * C] -> x [C * S * S]: down its columns, then along its rows and to planes.
 
-    Each pass is few long loops, over all channels: starting a loop of `_taps` costs as much as forty of its numbers.
-    Memory comes slowly: that of ``out``, where `_colour` writes in the end, is fetched meanwhile.
+    Memory comes slowly: that of ``out``, where `_colour` writes in the end, and the image ``after`` this one are fetched
+    meanwhile, evenly. Blocks of lanes go backwards, as what a row's last one writes too much is the next row's beginning.
     """
-    channels, size = U(len(x)), U(view.size)
+    size = U(view.size)
+    channels = U(len(out)) // (size * size)
+    full = U(view.width) * channels
     top, left, height, width = U(row.box[0]), U(row.box[1]), U(row.box[2]), U(row.box[3])
-    pitch = channels * height
-    for y in range(height):
-        source = ((top + y) * U(view.width) + left) * channels
-        for i in range(width * channels):
-            columns[i * height + y] = f32(pixels[source + i])  # [w, C, h]
-    first, weight, taps = across[0][width], across[1][width], U(across[2][width])
-    for i in range(size):
-        place = size - U(1) - i if row.flip else i
-        _taps(columns, U(first[i]) * pitch, pitch, weight[i], taps, turned, place * pitch, pitch)  # [S, C, h]
-    for y in range(height):
-        for c in range(channels):
-            source, target = c * height + y, (y * channels + c) * size
-            for i in range(size):
-                lines[target + i] = turned[source + i * pitch]  # [h, C, S]
+    for i in range(height * full):
+        source[i] = f32(pixels[top * full + i])
+    n, share, coming = width * channels, U(len(after)) // size, U(0)
+    pitch = (n + LANES - U(1)) // LANES * LANES
     first, weight, taps = down[0][height], down[1][height], U(down[2][height])
-    pitch = channels * size
     for y in range(size):
-        for i in range(U(0), pitch, CACHE_LINE):
-            fetch(out, y * pitch + i)
-        _taps(lines, U(first[y]) * pitch, pitch, weight[y], taps, turned, U(0), pitch)  # [C, S]
-        for c in range(channels):
-            plane, source, target = x[c], c * size, y * size
-            for i in range(size):
-                plane[target + i] = min(max(turned[source + i], ZERO), ONE)
+        for _ in range(U(0), size * channels, U(2) * CACHE_LINE):
+            fetch(out, coming)
+            coming += CACHE_LINE
+        for i in range(U(0), share, U(4) * CACHE_LINE):
+            fetch(after, y * share + i)
+        _down(source, U(first[y]) * full + left * channels, full, weight[y], taps, lines, y * pitch, n)  # [S, w, C]
+    first, weight, blocks = across[0][width], across[1][width], U(across[0].shape[1])
+    step = U(0) - channels if row.flip else channels
+    for c in range(channels):
+        for block in range(blocks):
+            b = blocks - U(1) - block
+            start, taps = U(first[b]), U(across[2][width, b])
+            band = weight[b]
+            start = (width - U(1) - start if row.flip else start) * channels + c
+            for y in range(U(0), size, U(4)):
+                fetch(out, coming)
+                coming += CACHE_LINE
+                _along(lines, start + y * pitch, pitch, step, band, taps, x, (c * size + y) * size + b * LANES, size)
 
 
 @inlined
-def _taps(source: Array, start: U, pitch: U, weight: Array, taps: U, target: Array, to: U, n: U) -> None:
+def _down(source: Array, start: U, pitch: U, weight: Array, taps: U, target: Array, to: U, n: U) -> None:
     """target[to + i] = sum over k of weight[k] * source[start + k * pitch + i], for n i; at least four weights exist."""
     a, b, c, d = weight[0], weight[1], weight[2], weight[3]
     p, q, r, s = start, start + pitch, start + U(2) * pitch, start + U(3) * pitch
-    for i in range(n):
-        target[to + i] = a * source[p + i] + b * source[q + i] + c * source[r + i] + d * source[s + i]
+    for i in range(U(0), n, LANES):
+        total = plus(plus(zeros(), a, load(source, p + i)), b, load(source, q + i))
+        store(target, to + i, plus(plus(total, c, load(source, r + i)), d, load(source, s + i)))
     for k in range(U(4), taps):
         a, p = weight[k], start + k * pitch
-        for i in range(n):
-            target[to + i] += a * source[p + i]
+        for i in range(U(0), n, LANES):
+            store(target, to + i, plus(load(target, to + i), a, load(source, p + i)))
+
+
+@inlined
+def _along(source: Array, start: U, pitch: U, step: U, weight: Array, taps: U, target: Array, to: U, size: U) -> None:
+    """In four rows: target[to + i] = sum over k of source[start + k * step] * weight[k * LANES + i], within 0..1."""
+    a = b = c = d = zeros()
+    p, q, r, s = start, start + pitch, start + U(2) * pitch, start + U(3) * pitch
+    at = U(0)
+    for k in range(taps):
+        lanes = load(weight, k * LANES)
+        a, b = plus(a, source[p + at], lanes), plus(b, source[q + at], lanes)
+        c, d = plus(c, source[r + at], lanes), plus(d, source[s + at], lanes)
+        at += step
+    store(target, to, clamp(a))
+    store(target, to + size, clamp(b))
+    store(target, to + U(2) * size, clamp(c))
+    store(target, to + U(3) * size, clamp(d))
 
 
 @fast
@@ -316,13 +335,12 @@ def _colour(x: Array, row: Any, view: Any, planes: Any, scale: Array, shift: Arr
 
 @exact
 def _work(view: Any, channels: int, taps: int) -> tuple[Array, ...]:
-    """The memory of one thread. What reads past its contents meets weights of zero."""
+    """The memory of one thread, for `_crop`. What reads past its contents meets weights of zero or is written over."""
     height, width, size = view.height, view.width, view.size
     return (
-        np.zeros((width + taps) * channels * height, f32),
-        np.zeros(size * channels * height, f32),
-        np.zeros((height + taps) * channels * size, f32),
-        np.zeros((channels, size * size), f32),
+        np.zeros((height + taps) * width * channels + WIDTH, f32),
+        np.zeros((size + 3) * (width * channels + WIDTH), f32),
+        np.zeros((channels * size + 3) * size + WIDTH, f32),
     )
 
 
@@ -353,13 +371,15 @@ def render(
     """Do to images [N, H * W * C] uint8, those of ``shown`` [n], what ``rows`` [n] say; times ``scale`` plus ``shift``.
 
     Args:
-        down, across: `solo.data.engines.kernel_numba.table` of the columns and of the rows.
+        down: the columns' `solo.data.engines.kernel_numba.taps`.
+        across: the rows' `solo.data.engines.kernel_numba.bands`.
         out: [n, C, S * S] float32, written.
     """
-    columns, turned, lines, x = _work(view, out.shape[1], max(down[1].shape[2], across[1].shape[2]))
-    planes = _planes(view)
+    source, lines, flat = _work(view, out.shape[1], down[1].shape[2])
+    x, planes = flat[: out.shape[1] * out.shape[2]].reshape(out.shape[1:]), _planes(view)
     for i in range(len(rows)):
-        _crop(images[shown[i]], rows[i], view, down, across, columns, turned, lines, x, out[i].reshape(-1))
+        after = images[shown[min(i + 1, len(rows) - 1)]]
+        _crop(images[shown[i]], rows[i], view, down, across, source, lines, flat, out[i].reshape(-1), after)
         _colour(x, rows[i], view, planes, scale, shift, out[i])
 
 

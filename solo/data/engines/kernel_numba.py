@@ -9,6 +9,7 @@ from torch import Tensor
 
 from solo.data.engines import Job
 from solo.data.engines.chain import draw, finish, render
+from solo.data.engines.jit import WIDTH
 from solo.data.engines.kernel_torch import resize_matrix
 from solo.data.engines.torchvision import blur_radius
 from solo.data.views import CROP_TRIES, LOG_RATIO, NEUTRAL, SIGMA, SOLARIZE_THRESHOLD, Params, View, fixed_boxes
@@ -115,19 +116,41 @@ def _settings(view: View, height: int, width: int) -> Any:
 
 def _tables(height: int, width: int, size: int) -> tuple[Any, Any]:
     """Down the columns, which also turns 0..255 into 0..1, and along the rows."""
-    return _table(height, size, 1 / 255), _table(width, size, 1.0)
+    return _taps(height, size), _bands(width, size)
+
+
+Table = tuple[Array, Array, Array]
 
 
 @lru_cache(maxsize=32)
-def _table(full: int, size: int, scale: float) -> tuple[Array, Array, Array]:
-    """`resize_matrix` of every length up to ``full``, without its zeros: first source pixels, weights, how many at most."""
-    first, taps = np.zeros((full + 1, size), np.int64), np.zeros(full + 1, np.int64)
-    matrices = [resize_matrix(length, size).numpy() for length in range(1, full + 1)]
-    weight = np.zeros((full + 1, size, max(4, *((matrix != 0).sum(1).max() for matrix in matrices))), f32)
-    for length, matrix in enumerate(matrices, 1):
-        for i, line in enumerate(matrix):
-            used = np.flatnonzero(line)
-            first[length, i], count = used[0], used[-1] + 1 - used[0]
-            weight[length, i, :count] = line[used[0] : used[-1] + 1] * scale
-            taps[length] = max(taps[length], count)
+def _taps(full: int, size: int) -> Table:
+    """`resize_matrix` of every length up to ``full`` over 255, without its zeros.
+
+    Returns: [length, S] the first source pixels, [length, S, taps] weights, at least four, [length] how many at most.
+    """
+    first, weight, taps = _bands(full, size, 1)
+    enough = np.zeros((full + 1, size, max(4, weight.shape[2])), f32)
+    enough[:, :, : weight.shape[2]] = weight
+    return first, enough / 255, taps.max(1)
+
+
+@lru_cache(maxsize=32)
+def _bands(full: int, size: int, rows: int = WIDTH) -> Table:
+    """`resize_matrix` of every length up to ``full`` as blocks of so many rows, without columns of zeros on either side.
+
+    Returns: [length, blocks] the first source pixels, [length, blocks, columns * rows] weights by column, [length, blocks]
+    how many columns.
+    """
+    blocks = -(-size // rows)
+    first, taps = np.zeros((full + 1, blocks), np.int64), np.zeros((full + 1, blocks), np.int64)
+    cut = {}
+    for length in range(1, full + 1):
+        matrix = np.pad(resize_matrix(length, size).numpy(), ((0, blocks * rows - size), (0, 0)))
+        for b, block in enumerate(matrix.reshape(blocks, rows, length)):
+            used = np.flatnonzero(block.any(0))
+            first[length, b], taps[length, b] = used[0], used[-1] + 1 - used[0]
+            cut[length, b] = block[:, used[0] : used[-1] + 1].T.reshape(-1)
+    weight = np.zeros((full + 1, blocks, taps.max() * rows), f32)
+    for place, columns in cut.items():
+        weight[place][: len(columns)] = columns
     return first, weight, taps
