@@ -103,6 +103,9 @@ def settle(trainer: dict[str, Any]) -> tuple[dict[str, Any], int]:
                           "torchrun or srun")
     if arguments.get("sync_batchnorm") and processes > 1 and kind == "cpu":
         raise ConfigError("sync_batchnorm=true works between GPUs only: on CPU use sync_batchnorm=false or devices=1")
+    if processes > 1 and isinstance(interval := arguments.get("val_check_interval"), (str, dict)):
+        raise ConfigError(f"val_check_interval={interval} is a time, which {processes} processes would each take from "
+                          "their own clock: give a number of batches or a share of an epoch")
     if kind == "cpu":
         arguments["devices"] = len(numbers)
         if str(arguments.get("precision")) in ("16", "16-mixed"):

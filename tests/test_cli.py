@@ -125,6 +125,7 @@ WRONG = {
     ("data.train_path=???",): ["data.train_path has to be given: add data.train_path=..."],
     ("data.train_path=???", "name=???"): ["data.train_path has to be given", "name has to be given"],
     ("sync_batchnorm=true", "devices=2"): ["sync_batchnorm=true works between GPUs only", "devices=1"],
+    ("val_check_interval='00:00:10:00'", "devices=2"): ["val_check_interval=00:00:10:00 is a time, which 2 processes"],
     ("wandb.enabled=true",): ["wandb.enabled=true needs the package wandb", "solo-ssl[wandb]"],
     ("devices=0",): ["devices=0: a run needs at least one, e.g. devices=1"],
     ("devices=[]",): ["devices=[]: a run needs at least one"],
