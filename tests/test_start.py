@@ -1,6 +1,5 @@
 """Where a run begins: said at the start, decided by rank 0, and never behind what its directory holds."""
 
-import os
 import re
 import shutil
 import threading
@@ -14,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from solo import checkpoint, start
+from solo.data import sources
 from solo.data.config import DataConfig
 from solo.data.module import DataModule
 from solo.data.views import View
@@ -196,14 +196,14 @@ def test_a_run_goes_on_with_other_images_only_where_it_is_told_to(tmp_path, said
 
 def listed_alike(rank, folder, unsorted, different):
     """What two ranks make of one folder that lists itself in another order, or with other files, to the second."""
-    walk = os.walk
+    walk = sources.walk
 
-    def other(*arguments, **keywords):
-        for root, folders, names in walk(*arguments, **keywords):
+    def other(top):
+        for root, folders, names in walk(top):
             yield root, folders[::-1], names[::-1] if not different else [name for name in names if name != "0001.png"]
 
     if rank == 1 and (unsorted or different):
-        os.walk = other
+        sources.walk = other
     data = DataModule(DataConfig(dataset="image_folder", train_path=str(folder)), [View(crop_size=8)], 2, seed=1)
     try:
         start.alike(experiment(values("nnclr", "runs")), images=data.listing)

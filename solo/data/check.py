@@ -12,6 +12,7 @@ from solo.data.check_report import Finding, Group, Part, Place, draw, show, summ
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, kind_of
 from solo.data.duplicates import FLAT, contrast, equal_groups, similar_groups
+from solo.data.reads import watch
 from solo.data.scan import scan as look_at
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 
@@ -21,6 +22,7 @@ _SMALL, _LONG = 8, 8  # shorter side in pixels; longer side over the shorter one
 def main(argv: list[str] | None = None) -> None:
     arguments = _arguments(argv)
     config = _config(arguments)
+    watch(config.timeout)
     row = DATASETS[config.dataset]
     opened = {"train": row.open(config, True), "val": row.open(config, False)}
     in_chans = config.in_chans or row.in_chans
@@ -53,6 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it there, as PNG")
     parser.add_argument("--workers", type=int, default=DataConfig.num_workers, metavar="N", help="processes that read images")
     parser.add_argument("--strict", action="store_true", help="exit 3 if anything was found")
+    parser.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS", help="as data.timeout")
     return parser.parse_args(argv)
 
 
@@ -63,9 +66,15 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
             raise ConfigError("give the PATH of the images, or --dataset NAME")
         dataset = kind_of(arguments.path)
     try:
-        return DataConfig(dataset=dataset, train_path=arguments.path, val_path=arguments.val, num_workers=arguments.workers)
+        return DataConfig(
+            dataset=dataset,
+            train_path=arguments.path,
+            val_path=arguments.val,
+            num_workers=arguments.workers,
+            timeout=arguments.timeout,
+        )
     except ValueError as error:
-        raise ConfigError(str(error).replace("num_workers", "--workers")) from error
+        raise ConfigError(str(error).replace("num_workers", "--workers").replace("timeout", "--timeout")) from error
 
 
 def _writable(path: Path) -> None:

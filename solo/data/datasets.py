@@ -16,6 +16,7 @@ from solo.data.config import DataConfig
 from solo.data.decoding import convert_channels
 from solo.data.digits import colored_digits, digits
 from solo.data.hdf5 import open_hdf5
+from solo.data.reads import listed
 from solo.data.sources import (
     ArraySource,
     EncodedSource,
@@ -189,7 +190,7 @@ def _evaluation_folders(root: Path) -> list[Path]:
     """The folder beside ``root/train`` to evaluate on, or none: ``val``; else ``valid`` or ``validation`` (both when both
     hold images), else ``test``. Not so when still other folders there hold images: then these names may be classes.
     """
-    folders = {path.name: path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {name: root / name for name in listed(root)[0] if not name.startswith(".")}
     if "train" not in folders:
         return []
     if "val" in folders:

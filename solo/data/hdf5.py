@@ -37,6 +37,7 @@ from solo.data.hdf5_content import (
     text,
     vector_in,
 )
+from solo.data.reads import noted
 from solo.data.sources import Source, digest, printable, spread, stamp
 from solo.errors import ConfigError, DataError
 
@@ -59,7 +60,7 @@ def open_hdf5(path: Path, in_chans: int, key: str) -> Source:
         raise ConfigError(f"{key}={path} is not a file; data.dataset=hdf5 reads one HDF5 file of encoded images")
     h5py = library()
     try:
-        path.open("rb").close()
+        noted(lambda: path.open("rb").close(), path)
         known = stamp(path)
         if not h5py.is_hdf5(path):
             raise ConfigError(f"{key}={path} is no HDF5 file")
@@ -253,7 +254,7 @@ def _checked(path: Path, known: tuple[int, int]) -> None:
 
 def _opened(path: Path, known: tuple[int, int]) -> Any:
     _checked(path, known)
-    return library().File(path, "r", locking=False)  # network disks often have no locks, and nobody writes
+    return noted(lambda: library().File(path, "r", locking=False), path)  # network disks often have no locks, and nobody writes
 
 
 class _Binary(io.FileIO):

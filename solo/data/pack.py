@@ -17,6 +17,7 @@ from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import COMPLETE, MARK, checksum
 from solo.data.hdf5_content import library, reason
+from solo.data.reads import watch
 from solo.data.sources import Source, encoded, printable
 from solo.errors import ConfigError, DataError, EnvironmentFault, Parser, reported
 from solo.files import replaced, sweep
@@ -34,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{file} exists: remove it, or give another name")
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
+    if arguments.timeout <= 0:
+        raise ConfigError(f"--timeout must be positive, got {arguments.timeout:g}")
     library()
+    watch(arguments.timeout)
     dataset = arguments.dataset or kind_of(path)
     config = DataConfig(dataset=dataset, train_path=str(path), no_labels=arguments.no_labels)
     source = DATASETS[dataset].open(config, arguments.part == "train")
@@ -52,6 +56,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", metavar="NAME", help="as data.dataset; default: by the kind of PATH")
     parser.add_argument("--no-labels", action="store_true", help="as data.no_labels=true")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="threads that read images")
+    parser.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS", help="as data.timeout")
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from solo.console import say, warn
 from solo.data.decoding import BadImage, decode, read_file, retried
 from solo.data.random import integers
+from solo.data.reads import noted, walk
 from solo.errors import ConfigError
 
 T = TypeVar("T")
@@ -260,12 +261,12 @@ def _without_classes(files: list[str]) -> str | None:
 
 def holds_images(folder: Path) -> bool:
     """Whether an image file lies in ``folder`` itself or somewhere below."""
-    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
+    return any(is_image(name) for _, _, names in walk(folder) for name in names)
 
 
 def check_directory(path: Path, key: str) -> None:
     """Raise a `ConfigError` that names ``key`` unless ``path`` is a folder."""
-    if path.is_file():
+    if noted(path.is_file, path):
         raise ConfigError(f"{key}={path} is a file; give the folder that holds the images")
     if not path.is_dir():
         existing = next(parent for parent in [*path.absolute().parents] if parent.is_dir())
@@ -276,13 +277,7 @@ def _image_files(root: Path) -> tuple[list[str], Counter[str]]:
     """Sorted paths relative to ``root``, and how many other files there are of each extension."""
     files: list[str] = []
     ignored: Counter[str] = Counter()
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
+    for folder, subfolders, names in walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in names:
             if is_image(name):

@@ -8,6 +8,7 @@ import numpy as np
 
 from solo.console import say
 from solo.data.decoding import BadImage, decode, patiently
+from solo.data.reads import noted
 from solo.data.sources import digest, is_image, printable, stamp
 from solo.errors import ConfigError
 
@@ -77,9 +78,9 @@ class TarSource:
     def _index(self, key: str, part: PurePosixPath) -> list[tuple[str, int, int]]:
         found: dict[str, tuple[str, int, int]] = {}
         try:
-            with tarfile.open(self.path, "r:") as archive:
+            with noted(lambda: tarfile.open(self.path, "r:"), self.path) as archive:
                 last = -1
-                for member in archive:
+                while (member := noted(archive.next, self.path)) is not None:
                     if member.offset <= last or member.size < 0:        # a negative size would lead back, for ever
                         raise tarfile.ReadError(f"member {member.name!r} has no possible size")
                     last = member.offset

@@ -9,6 +9,7 @@ from xml.parsers import expat
 import numpy as np
 
 from solo.data.decoding import BadImage, decode, read_file
+from solo.data.reads import listed, noted
 from solo.data.sources import EXTENSIONS, check_directory
 from solo.errors import ConfigError, DataError
 
@@ -88,7 +89,7 @@ def open_voc(root: str | Path, splits: Sequence[str], in_chans: int) -> list[VOC
 
 def _find(root: Path) -> Path:
     check_directory(root, "root")
-    candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    candidates = [root, *sorted(root / name for name in listed(root)[0])]
     found = [path for path in candidates if all((path / part).is_dir() for part in PARTS)]
     if len(found) > 1 and found[0] != root:
         raise ConfigError(f"root={root} holds several folders in Pascal VOC layout: give {' or '.join(map(str, found))}")
@@ -121,8 +122,7 @@ def read_annotation(path: str | Path) -> dict[str, bool]:
         ValueError: the file is missing, damaged, too large or something else; the message says why.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        content = noted(lambda: _content(path), path)
     except OSError as error:
         raise ValueError(f"{Path(path).name} cannot be opened: {error.strerror}") from error
     if len(content) > _MAX_BYTES:
@@ -138,6 +138,11 @@ def read_annotation(path: str | Path) -> dict[str, bool]:
             raise ValueError(f"{Path(path).name} holds an object without a name")
         found[kind] = found.get(kind, False) or (thing.findtext("difficult") or "0").strip() != "1"
     return found
+
+
+def _content(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_MAX_BYTES + 1)
 
 
 def _parse(content: bytes) -> ElementTree.Element:

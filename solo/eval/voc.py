@@ -17,6 +17,7 @@ from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS
 from solo.data.loaders import CleanLoader
 from solo.data.random import order
+from solo.data.reads import watch
 from solo.data.subsets import probe
 from solo.data.voc import VOCSource, open_voc
 from solo.errors import ConfigError, DataError
@@ -133,6 +134,7 @@ def _images(config: VOCEvaluation, source: Pretrained, data: DataConfig) -> Imag
         labels = torch.from_numpy(part.targets)[position].long()                                    # [N, C]
         return Rows(features, torch.where(labels == 0, _DIFFICULT[config.difficult], labels))
 
+    watch(data.timeout)
     sources = open_voc(config.root, splits, source.in_chans)
     train, test, *rest = map(rows, sources)
     if rest:

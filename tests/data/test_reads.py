@@ -2,17 +2,18 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from solo.bench import processes
-from solo.data import reads
+from solo.data import check, pack, reads
 from solo.errors import reported
 from solo.experiment import experiment
 from solo.run import pretrain
-from tests.data.common import make_folder
+from tests.data.common import folder, make_folder, module
 from tests.tiny import values
 
 
@@ -43,6 +44,77 @@ def test_a_read_that_does_not_come_back(engine: str, size: tuple[int, int], look
     said = [line for line in lines if "error" in line]
     assert (code, said) == (5, [f"environment error: rank 0: no answer within data.timeout=0.4 s from {stuck}"]), lines
     assert not any("Traceback" in line for line in lines)
+
+
+class Stuck:
+    """The listing of a folder that gives two entries and then no more."""
+
+    def __enter__(self) -> Iterator[SimpleNamespace]:
+        yield from [SimpleNamespace(name=f"{i}.png", is_dir=bool) for i in range(2)]
+        threading.Event().wait()
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
+def test_a_listing_that_stands_still(tmp_path: Path) -> None:
+    images, scandir = tmp_path / "images", os.scandir
+    make_folder(images, {"a": 2, "b": 2})
+
+    def command() -> None:
+        reads.os.scandir = lambda folder: Stuck() if str(folder).endswith("/b") else scandir(folder)  # type: ignore
+        with reported():
+            folder(images, timeout=0.2)
+
+    code, lines = ends(tmp_path, command)
+    assert (code, lines) == (5, [f"environment error: rank 0: no answer within data.timeout=0.2 s from {images / 'b'}"])
+
+
+@pytest.mark.parametrize("command", ["check", "pack"])
+def test_a_read_of_a_command_on_datasets_that_does_not_come_back(command: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    stuck = make_folder(images, {"a": 3})[1]
+    stuck.unlink()
+    os.mkfifo(stuck)
+
+    def body() -> None:
+        with reported():
+            main, more = (check.main, []) if command == "check" else (pack.main, [str(tmp_path / "x.h5")])
+            main([str(images), *more, "--timeout", "0.2"])
+
+    code, lines = ends(tmp_path, body)
+    assert code == 5 and lines[-1] == f"environment error: rank 0: no answer within data.timeout=0.2 s from {stuck}", lines
+
+
+def test_each_entry_of_a_folder_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a folder takes as a whole: who looks finds another note after each entry, and before the first."""
+    make_folder(tmp_path, {"a": 5, "b": 1})
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "a" / "round").symlink_to("round")
+    scandir, notes = os.scandir, []
+
+    class Seen:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def __enter__(self) -> Iterator[os.DirEntry[str]]:
+            for entry in [*scandir(self.folder), None]:
+                notes.extend(reads._reading.values())
+                if entry is not None:
+                    yield entry
+
+        def __exit__(self, *raised: object) -> None: ...
+
+    monkeypatch.setattr(os, "scandir", Seen)
+    found = {path: (sorted(folders), sorted(names)) for path, folders, names in reads.walk(tmp_path)}
+    monkeypatch.undo()
+    assert found == {
+        str(tmp_path): (["a", "b"], []),
+        str(tmp_path / "a"): (["back"], [*[f"{i:04d}.png" for i in range(5)], "round"]),
+        str(tmp_path / "b"): ([], ["0000.png"]),
+    }
+    places = [str(note[0]) for note in notes]
+    assert len({id(note) for note in notes}) == len(notes) == 3 + 8 + 2 and places.count(str(tmp_path / "a")) == 8
+    assert not reads._reading
 
 
 class Looks:
@@ -84,14 +156,15 @@ def test_what_is_read_is_noted_and_forgotten() -> None:
     assert not reads._reading
 
 
-def test_a_program_that_is_no_command_is_not_watched_and_a_command_no_longer_than_it_lasts() -> None:
+def test_a_command_has_one_watcher_as_long_as_it_lasts_and_a_program_none() -> None:
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name == "solo-reads"]
 
     reads.watch(0.1)
     assert not threads()
     with reported():
-        reads.watch(0.1)
+        for _ in range(2):
+            module(dataset="digits", timeout=0.1)
         (watcher,) = threads()
     watcher.join(10)
     assert not threads()
