@@ -1,6 +1,7 @@
 """The errors a user can cause or meet. Each ends a command with one line and its own exit code."""
 
 import argparse
+import logging
 import multiprocessing
 import multiprocessing.process
 import os
@@ -8,13 +9,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
 
 from solo.console import main_process
 from solo.redaction import spoken
+
+log = logging.getLogger(__name__)
+_DYING = 1.0        # seconds that killed processes have to end
 
 # The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -143,22 +148,36 @@ def reported() -> Iterator[None]:
 
 
 def _end_children() -> None:
-    """Kill this process's workers: one that waits for a file heeds no SIGTERM, and Python waits at its exit until they end.
+    """Kill this process's workers: one that waits for a file heeds no SIGTERM, and Python waits at its exit until they end."""
+    end([child for child in multiprocessing.active_children() if child.daemon])
 
-    One that a kill does not end either, as the system itself waits in it, is waited for no longer.
+
+def end(children: Sequence[BaseProcess]) -> None:
+    """Kill processes that this one has started.
+
+    One that a kill does not end either, as the system itself waits in it, is said, and waited for no longer.
     """
-    children = [child for child in multiprocessing.active_children() if child.daemon]
     own = [child for child in children if child._parent_pid == os.getpid()]  # type: ignore[attr-defined]
     if not own:
         return
+    with deaf_to_children():
+        for child in own:
+            child.kill()
+        until = time.monotonic() + _DYING
+        for child in own:
+            child.join(max(0.0, until - time.monotonic()))
+            if child.is_alive():
+                log.warning("process %s does not end, as the system waits in it: it is left behind", child.pid)
+                multiprocessing.process._children.discard(child)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def deaf_to_children() -> Iterator[None]:
+    """Torch's handler would take the end of a worker for its failure; outside the main thread there is none to set aside."""
     main = threading.current_thread() is threading.main_thread()
-    earlier = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None   # torch's takes this for a failure of a worker
-    for child in own:
-        child.kill()
-    until = time.monotonic() + 1
-    for child in own:
-        child.join(max(0.0, until - time.monotonic()))
-        if child.is_alive():
-            multiprocessing.process._children.discard(child)  # type: ignore[attr-defined]
-    if earlier is not None:
-        signal.signal(signal.SIGCHLD, earlier)
+    earlier = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    try:
+        yield
+    finally:
+        if earlier is not None:
+            signal.signal(signal.SIGCHLD, earlier)

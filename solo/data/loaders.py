@@ -14,7 +14,7 @@ from solo.data.bad import BadImages
 from solo.data.decoding import BadImage
 from solo.data.engines import Engine, Payload, Slot
 from solo.data.engines.torchvision import clean, normalise
-from solo.data.engines.workers import explained, same, try_queues, worker_count
+from solo.data.engines.workers import end_workers, explained, same, try_queues, worker_count
 from solo.data.random import order
 from solo.data.sources import ArraySource, Source
 
@@ -157,7 +157,8 @@ class CleanLoader:
 
     def _payloads(self, slots: Sequence[Slot]) -> Iterator[Payload]:
         if not self._workers:
-            return (self._maker[slot] for slot in slots)
+            yield from (self._maker[slot] for slot in slots)
+            return
         try_queues(self._workers)
         loader = DataLoader(
             self._maker,
@@ -169,7 +170,11 @@ class CleanLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
-        return iter(loader)
+        iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            end_workers(iterator)
 
 
 class _CleanMaker(Dataset):

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from solo import errors
 from solo.data import loaders
 from solo.data.engines import workers
 from solo.data.random import order
@@ -75,6 +77,36 @@ def test_a_command_does_not_wait_for_a_worker_that_heeds_nothing() -> None:
     ended = forks.run([sys.executable, "-c", "from tests.data.test_workers import stuck; stuck()"], timeout=30)
     assert ended.returncode == 5, ended
     assert ended.stderr.splitlines()[-1].startswith("environment error: rank 0: no batch from a data worker within")
+
+
+@pytest.mark.parametrize("clean", [False, True], ids=["of training", "of clean images"])
+def test_a_programs_workers_end_with_its_loader(clean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that heeds nothing too, which Python would wait for at the exit of a program that goes on and ends."""
+    monkeypatch.setattr(workers, "_LEAVING", 0.1)
+    monkeypatch.setattr(loaders, "_CLEAN_WORKERS_FROM", 0)
+    data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
+    data._train = Deaf(64, 32, 10, 3, seed=0)
+    with pytest.raises(EnvironmentFault, match="no batch") as kept:         # with all that its traceback holds
+        next(iter(data.clean_loader(train=True) if clean else data.train_dataloader()))
+    data.teardown("fit")
+    assert not multiprocessing.active_children(), kept
+
+
+def test_a_worker_that_no_kill_ends_is_left_behind(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a read of a file system that hangs; a stand-in, as no process here is one: it is not killed."""
+    monkeypatch.setattr(errors, "_DYING", 0.05)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    monkeypatch.setattr(worker, "kill", lambda: None)
+    try:
+        with pytest.raises(SystemExit) as ended, reported():
+            raise EnvironmentFault("no batch")
+        assert ended.value.code == 5 and worker.is_alive()
+        assert caplog.messages == [f"process {worker.pid} does not end, as the system waits in it: it is left behind"]
+        assert worker not in multiprocessing.active_children()              # which Python would join at its exit
+    finally:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
 
 
 @pytest.mark.parametrize(("source", "said"), [(Slow, "data.timeout=0.5"), (Deadly, "data.num_workers")])

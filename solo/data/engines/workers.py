@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from solo import errors
 from solo.console import warn
 from solo.data.engines import Job, Payload, Slot
 from solo.dist import rank
@@ -24,6 +26,7 @@ _SHARED = Path("/dev/shm")  # where Linux workers put their batches
 _NO_FILES = ("Too many open files", "ancdata")  # what the system, torch and sockets say where descriptors run out
 _NO_ROOM = ("No space left", "File too large", "unable to allocate", "unable to resize", "unable to write")
 _NOT_STARTED = {errno.ENOSPC, errno.ENOMEM, errno.EAGAIN}  # no room for a queue's semaphores, or for another process
+_LEAVING = 1.0  # seconds that workers have to leave when they are asked to
 _PREFETCH = 2  # batches that each worker makes ahead
 
 
@@ -63,7 +66,9 @@ class Workers:
 
     def close(self) -> None:
         """End the workers."""
+        iterator = getattr(self._loader, "_iterator", None)
         self._loader = None
+        end_workers(iterator)
 
     def _start(self, images: int) -> DataLoader:
         workers = worker_count(self._job.config.num_workers)
@@ -124,6 +129,20 @@ def explained(timeout: float, awaited: Callable[[], str | None]) -> Iterator[Non
         if (fault := _trouble(error, timeout, awaited)) is None:
             raise
         raise EnvironmentFault(f"rank {rank()}: {fault}") from error
+
+
+def end_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader's iterator, those too that heed no request and no SIGTERM: Python would wait for them
+    at the exit of a program. A command kills all that it has started when it ends.
+    """
+    own = [worker for worker in getattr(iterator, "_workers", ()) if worker._parent_pid == os.getpid()]
+    if own and errors.command is None:
+        late = threading.Timer(_LEAVING, lambda: [worker.kill() for worker in own])
+        late.start()
+        with errors.deaf_to_children():
+            iterator._shutdown_workers()
+        late.cancel()
+        errors.end(own)
 
 
 def try_queues(workers: int) -> None:
