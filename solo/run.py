@@ -16,6 +16,7 @@ from torch import nn
 
 from solo import backbones, checkpoint, optim, pairs
 from solo.agreement import Agreement
+from solo.awaited import awaited
 from solo.batching import ViewBatching
 from solo.callbacks.checkpoint import Checkpointer
 from solo.callbacks.failed import FailedStep
@@ -196,9 +197,12 @@ def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | No
             trainer.fit(method, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error
-    except SoloError:
+    except SoloError as error:
         if isinstance(trainer.strategy.launcher, Launcher):
             trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
+        if where := awaited(error):
+            waited = f"rank {trainer.global_rank} waited for it behind step {trainer.global_step}, in {where}"
+            raise EnvironmentFault(f"{error}; {waited}") from error
         raise
 
 

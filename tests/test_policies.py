@@ -16,8 +16,8 @@ SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
 
 BASE = {
-    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "agreement", "peers", "precision", "ranges",
-    "pairs", "reading", "redaction", "schedules", "config_files", "files", "lease",
+    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "agreement", "awaited", "peers",
+    "precision", "ranges", "pairs", "reading", "redaction", "schedules", "config_files", "files", "lease",
 }
 NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
 PARTS = BASE | {"kernels", "losses", *NETWORKS}
