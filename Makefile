@@ -17,12 +17,15 @@ demo: env
 test test-fast: export OMP_NUM_THREADS = 1
 # Not as an environment may have it: every process would compile each file, and pytest rewrite each test, anew.
 test test-fast: export PYTHONDONTWRITEBYTECODE =
+# Many tests fork, and a fork copies the table of all pages: of huge ones, where the system gives them on request, it is short.
+# Not for those that run alone: they count kilobytes.
+TOGETHER := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m pytest -n 2 --dist worksteal
 test: env
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not alone" $(ARGS)
+	$(TOGETHER) -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone
 
 test-fast: env
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(TOGETHER) -m "not slow" $(ARGS)
 
 # All that is measured on one GPU: make bench-gpu ARGS="--data cifar10.npz --tar images.tar --minutes 30"
 # With RUN=python that interpreter runs it as it is: nothing is installed, for a machine without a network.

@@ -73,7 +73,7 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
         raise ConfigError(f"backbone {config.name} takes {expected[0]} px images but views have {image_size}: "
                           f"set backbone.kwargs.img_size={image_size}")
     # timm's own is the width before a head's last layer
-    model.num_features = _width(config, model, in_chans, image_size)  # type: ignore[assignment]
+    model.num_features = _width(config, model, in_chans, min(image_size, 64) if is_resnet else image_size)  # type: ignore[assignment]
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
         model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions

@@ -344,7 +344,7 @@ def test_a_strange_job_number_is_not_handed_to_scontrol(cluster):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the task in /proc")
 def test_a_requeued_job_continues(tmp_path, cluster, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = values("nnclr", "runs", data={"train_size": 2048}, max_epochs=2, knn={"enabled": False})
+    content = values("nnclr", "runs", data={"train_size": 1024}, max_epochs=2, knn={"enabled": False})
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     line = "--slurm --processes 1 --time 90 --config-path . --config-name tiny.yaml resume=never"
     assert launch.main(shlex.split(line), ROOT) == 0
@@ -365,7 +365,7 @@ def test_a_requeued_job_continues(tmp_path, cluster, capsys, monkeypatch):
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert [path.name for path in (tmp_path / "runs").glob("nnclr-*")] == [run_dir.name]
-    assert 256 < before < checkpoint.read(run_dir / "last.ckpt")["global_step"] == 512
+    assert 128 < before < checkpoint.read(run_dir / "last.ckpt")["global_step"] == 256
 
 
 def test_no_slurm_here(scripts, monkeypatch):

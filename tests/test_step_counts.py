@@ -117,11 +117,11 @@ def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tm
 
 
 def _two(_, folder, method):
-    """Collectives and waits of this rank's steps in an epoch of 40; a report comes after every fourth."""
+    """Collectives and waits of this rank's steps in an epoch of 20; a report comes after every fourth."""
     with Collectives() as messages, Waits() as waits:
-        changes = {"data": {"train_size": 640}, "log_every_n_steps": 4, "health": {"every": 1000}}
+        changes = {"data": {"train_size": 320}, "log_every_n_steps": 4, "health": {"every": 1000}}
         steps = fit(Case(method), folder / str(rank()), [messages, waits], max_epochs=1, devices=2, **changes)
-    return [steps.between(step, step + 1) for step in range(39)]
+    return [steps.between(step, step + 1) for step in range(19)]
 
 
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])

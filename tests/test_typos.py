@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 EVALUATIONS = {"knn": KNNEvaluation, "umap": UMAPEvaluation}
 CONFIGS = [path for path in sorted((ROOT / "scripts").rglob("*.yaml")) if path.parent.name != "augmentations"]
 
-UNKNOWN = re.compile(r"unknown key (?:\S+\.)?(\S*?)(?::| \()")     # the key's own name, without its path
+UNKNOWN = re.compile(r"(?:unknown key )?(?:\S+\.)?(\S*?)(?::| \(| is unknown: )")       # the key's own name, without its path
 
 
 def judge(file, values):
@@ -63,13 +63,14 @@ def inside(values, path):
     return values
 
 
-def renamed(values, path, names):
-    """The config with keys of one block called otherwise."""
+def renamed(values, names):
+    """The config with keys, given by their paths, called otherwise."""
     values = copy.deepcopy(values)
-    block = inside(values, path)
-    changed = {names.get(key, key): value for key, value in block.items()}
-    block.clear()
-    block.update(changed)
+    for path in {place[:-1] for place in names}:
+        block = inside(values, path)
+        changed = {names.get((*path, key), key): value for key, value in block.items()}
+        block.clear()
+        block.update(changed)
     return values
 
 
@@ -87,27 +88,31 @@ def said_of(file, values):
 def judged(letters):
     """(typed, meant, what was said or None where it was taken) for each slip in each key of the shipped configs.
 
-    All errors are told at once, so one slip in each key of a block is judged together, and alone where nothing names it.
+    All errors are told at once, so one slip in each key is judged together, but for those inside of a block whose own key has
+    one, and alone where nothing names it.
     """
     seen = set()
     for file in CONFIGS:
         values = config.load(file, ["data.train_path=somewhere"] * (file.parts[-3] == "pretrain"))
+        command, wanted = file.relative_to(ROOT / "scripts").parts[0], {}
         for path in blocks(values):
-            keys, command = set(inside(values, path)), file.relative_to(ROOT / "scripts").parts[0]
+            keys = set(inside(values, path))
             places = {(command, words((*path, key))): key for key in keys}          # each command has a schema of its own
-            wanted = {key: sorted({*slips(key, letters)} - keys) for place, key in places.items() if place not in seen}
+            new = [key for place, key in places.items() if place not in seen]
+            wanted |= {(*path, key): sorted({*slips(key, letters)} - keys) for key in new}
             seen |= set(places)
-            while any(wanted.values()):
-                names = {}
-                for key, typed in wanted.items():
-                    if typed and typed[-1] not in names.values():
-                        names[key] = typed.pop()
-                lines = {}
-                for line in (said_of(file, renamed(values, path, names)) or "").splitlines():
-                    if told := UNKNOWN.match(line):
-                        lines.setdefault(told[1], []).append(line)
-                for meant, typed in names.items():
-                    yield typed, meant, "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, path, {meant: typed}))
+        while any(wanted.values()):
+            names = {}
+            for place, typed in wanted.items():
+                inside_another = any(place[:depth] in names for depth in range(1, len(place)))
+                if typed and not inside_another and typed[-1] not in names.values():
+                    names[place] = typed.pop()
+            lines = {}
+            for line in (said_of(file, renamed(values, names)) or "").splitlines():
+                if told := UNKNOWN.match(line):
+                    lines.setdefault(told[1], []).append(line)
+            for place, typed in names.items():
+                yield typed, place[-1], "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, {place: typed}))
 
 
 @pytest.mark.parametrize("letters", ["e", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])

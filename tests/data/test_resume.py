@@ -47,9 +47,9 @@ class Tracer(pl.LightningModule):
 
 
 class Saver(pl.Callback):
-    """Saves after every optimizer step and at the end of every epoch; ends the run after ``stop`` of them."""
+    """Saves after every optimizer step and at the end of every epoch, if to a folder; ends the run after ``stop`` steps."""
 
-    def __init__(self, folder: Path, stop_step: int | None = None) -> None:
+    def __init__(self, folder: Path | None, stop_step: int | None = None) -> None:
         self.folder, self.stop_step = folder, stop_step
         self.saved: list[tuple[int, Path]] = []  # batches trained, file
 
@@ -63,20 +63,23 @@ class Saver(pl.Callback):
         self._save(trainer, "epoch")
 
     def _save(self, trainer: pl.Trainer, kind: str) -> None:
+        if self.folder is None:
+            return
         path = self.folder / f"{kind}-{trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         self.saved.append((trainer.fit_loop.epoch_loop.batch_progress.total.processed, path))
 
 
 def run(
-    folder: Path,
+    folder: Path | None = None,
     engine: str = "fast",
     workers: int = 0,
     ckpt: Path | None = None,
     stop: int | None = None,
     **trainer_flags: Any,
 ) -> tuple[Tracer, Saver, pl.Trainer]:
-    folder.mkdir(exist_ok=True)
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
     config = DataConfig(dataset="fake", train_size=8 * BATCH + 5, size=SIZE, engine=engine, num_workers=workers)
     data = DataModule(config, VIEWS, BATCH, seed=3)
     model, saver = Tracer(), Saver(folder, stop)
@@ -126,7 +129,7 @@ def test_every_checkpoint_continues_exactly(flags: str, tmp_path: Path) -> None:
     assert len(whole.trace) == (15 if flags == "short epochs" else 24)
     every = 1 if flags == "plain" else 2
     for trained, path in saver.saved[::-every]:
-        model, _, resumed = run(tmp_path / "resumed", ckpt=path, **FLAGS[flags])
+        model, _, resumed = run(ckpt=path, **FLAGS[flags])
         assert model.trace == whole.trace[trained:], path.name
         assert (resumed.global_step, resumed.current_epoch) == (trainer.global_step, trainer.current_epoch), path.name
 
@@ -137,7 +140,7 @@ def test_every_step_with_workers(engine: str, workers: int, tmp_path: Path) -> N
     whole, saver, _ = run(tmp_path / "whole", engine, workers)
     steps = saver.saved if workers == 0 else saver.saved[::4]  # starting workers is what takes the time
     for trained, path in steps:
-        assert run(tmp_path / "resumed", engine, workers, ckpt=path)[0].trace == whole.trace[trained:], path.name
+        assert run(None, engine, workers, ckpt=path)[0].trace == whole.trace[trained:], path.name
 
 
 @pytest.mark.slow
@@ -158,16 +161,16 @@ def test_stopped_and_continued_again_and_again(gap: int, flags: str, tmp_path: P
 def test_a_finished_run_has_nothing_left(tmp_path: Path) -> None:
     _, saver, _ = run(tmp_path)
     for _, path in saver.saved[-2:]:
-        assert run(tmp_path, ckpt=path)[0].trace == []
+        assert run(ckpt=path)[0].trace == []
 
 
-def test_workers_and_number_of_them_change_nothing(tmp_path: Path) -> None:
-    traces = [run(tmp_path, "torchvision", workers, max_epochs=1)[0].trace for workers in (0, 1, 2)]
+def test_workers_and_number_of_them_change_nothing() -> None:
+    traces = [run(None, "torchvision", workers, max_epochs=1)[0].trace for workers in (0, 1, 2)]
     assert traces[0] == traces[1] == traces[2]
 
 
-def test_epochs_differ_and_each_visits_every_image_once(tmp_path: Path) -> None:
-    trace = run(tmp_path)[0].trace
+def test_epochs_differ_and_each_visits_every_image_once() -> None:
+    trace = run()[0].trace
     epochs = [[i for index, _ in trace[e * 8 : e * 8 + 8] for i in index] for e in range(EPOCHS)]
     assert all(len(set(epoch)) == len(epoch) == 64 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
