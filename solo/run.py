@@ -246,7 +246,7 @@ def _trainer(
     callbacks: list[pl.Callback] = [guard, OverflowGuard(), ValidationGuard(saver)]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
-        callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
+        callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe, agreement))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))
     callbacks += [

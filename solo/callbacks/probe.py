@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
+from solo.agreement import Agreement, Sum
 from solo.batch import Batch
 from solo.dist import all_reduce
 from solo.schedules import cosine
@@ -41,15 +42,19 @@ class OnlineProbe(Callback):
         num_classes: classes of the dataset.
         lr: rate at the start, already scaled with the global batch; a cosine takes it to 0 over the run.
         config: momentum and weight decay.
+        agreement: with whose message the gradient travels, that of a `Method`'s ``feats``; without it with one of its own.
 
     Attributes:
         head: the classifier.
         step_scalars: ``probe_loss`` and ``probe_acc1`` (percent) of the last train batch, on the device.
     """
 
-    def __init__(self, dim: int, num_classes: int, lr: float, config: ProbeConfig | None = None) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, lr: float, config: ProbeConfig | None = None, agreement: Agreement | None = None
+    ) -> None:
         config = config or ProbeConfig()
-        self.lr = lr
+        self.lr, self.agreement = lr, agreement
+        self._labels, self._sum = torch.empty(0), Sum(torch.empty(0))
         self.head = nn.utils.skip_init(nn.Linear, dim, num_classes)
         bound, generator = 1 / math.sqrt(dim), torch.Generator().manual_seed(0)
         for p in self.head.parameters():
@@ -85,13 +90,22 @@ class OnlineProbe(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total_steps = trainer.estimated_stepping_batches
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._labels = batch.labels
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.agreement is not None:
+            feats: Any = pl_module.feats
+            self._sum = self.agreement.add_up(self._packed(*_rows(feats, self._labels)))
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        feats = outputs["feats"].detach().float()                                                   # [V * B, D]
-        labels = batch.labels.repeat(len(feats) // len(batch.labels))                               # [V * B]
-        progress = max(trainer.global_step - 1, 0) / self._total_steps
-        self.step_scalars = self.update(feats, labels, cosine(progress, self.lr, 0.0))
+        lr = cosine(max(trainer.global_step - 1, 0) / self._total_steps, self.lr, 0.0)
+        if self.agreement is None:
+            self.step_scalars = self.update(*_rows(outputs["feats"], batch.labels), lr)
+        else:
+            self.step_scalars = self._step(self._sum(), lr)
 
     def update(self, feats: Tensor, labels: Tensor, lr: float) -> dict[str, Tensor]:
         """One SGD step on the mean cross-entropy of all ranks' labelled rows.
@@ -104,15 +118,19 @@ class OnlineProbe(Callback):
         Returns:
             ``probe_loss`` and ``probe_acc1`` in percent, NaN without a label; no host sync.
         """
-        parameters = list(self.head.parameters())
+        return self._step(all_reduce(self._packed(feats, labels)), lr)
+
+    def _packed(self, feats: Tensor, labels: Tensor) -> Tensor:
+        """Summed over this rank's labelled rows: the gradient, then cross-entropy, hits and 1."""
         with torch.enable_grad():
             logits = self.head(feats)                                                               # [N, C]
             loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, list(self.head.parameters()))
         right = (logits.argmax(1) == labels).sum()
-        packed = torch.cat([g.flatten() for g in gradients] + [torch.stack([loss.detach(), right, (labels >= 0).sum()])])
-        packed = all_reduce(packed)
-        rows = packed[-1]
+        return torch.cat([g.flatten() for g in gradients] + [torch.stack([loss.detach(), right, (labels >= 0).sum()])])
+
+    def _step(self, packed: Tensor, lr: float) -> dict[str, Tensor]:
+        rows, parameters = packed[-1], list(self.head.parameters())
         parts = (packed[:-3] / rows.clamp(min=1)).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts, strict=True):
             p.grad = part.view_as(p)
@@ -137,3 +155,8 @@ class OnlineProbe(Callback):
         if rows and not trainer.sanity_checking:
             metrics = {"val/probe_acc1": 100 * first / rows, "val/probe_acc5": 100 * five / rows}
             pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+
+
+def _rows(feats: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of all views [V * B, D] in float32, and a label for each, of those of the images [B]."""
+    return feats.detach().float(), labels.repeat(len(feats) // len(labels))

@@ -48,6 +48,7 @@ class Method(pl.LightningModule):
             ``keys``, each of which it is compared with; or ``statistics``, means over all of them. With ``none``
             micro-batches are exactly one batch, with the others they are not. A class attribute, or a property where the
             config decides.
+        feats: of the last batch, [V * B, dim], constants.
         stepped: what the last optimizer step moved, to be logged, e.g. ``{"tau": 0.99}``.
     """
 
@@ -69,6 +70,7 @@ class Method(pl.LightningModule):
         self.std: Sequence[float] | None = None
         self.seed = 5
         self.each = ViewBatching()
+        self.feats = torch.empty(0)
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
         self._checked = False
@@ -200,7 +202,7 @@ class Method(pl.LightningModule):
             raise ConfigError(f"view_batching=concat has no effect: {name} runs its networks without self.each: leave it out")
         if each.micro_batch and not each.ran(self.backbone):
             raise ConfigError(f"micro_batch has no effect: {name} runs its backbone without self.each: leave it out")
-        outputs["feats"] = outputs["feats"].detach()
+        self.feats = outputs["feats"] = outputs["feats"].detach()
         return outputs
 
     def optimizer_step(

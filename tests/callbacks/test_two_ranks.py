@@ -9,7 +9,7 @@ from solo.agreement import Agreement
 from solo.bench.counts import Collectives
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.probe import OnlineProbe
-from solo.dist import all_reduce
+from solo.dist import all_reduce, rank
 from solo.errors import NumericsError
 from solo.eval.features import Features, extract
 from solo.eval.knn import Vote, knn_hits
@@ -24,13 +24,34 @@ def probe_steps(parts):
     return [value.tolist() for value in probe.state_dict().values()]
 
 
+def agreed_steps(parts):
+    """The same in a run, three batches to an optimizer step; and the messages of the probe's own."""
+    agreement = Agreement()
+    probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.3, agreement=agreement)
+    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=1)
+    probe.on_train_start(trainer, None)
+    counts = []
+    for feats, labels in parts:
+        method, batch = SimpleNamespace(feats=feats), SimpleNamespace(labels=labels)
+        probe.on_train_batch_start(trainer, method, batch, 0)
+        probe.on_after_backward(trainer, method)
+        if len(counts) == 2:
+            assert agreement.reach(loss=torch.tensor(rank() == 1))["loss"] == [0, 1]
+        with Collectives() as seen:
+            probe.on_train_batch_end(trainer, method, {"feats": feats}, batch, 0)
+        counts.append(sum(seen.names.values()))
+    return [value.tolist() for value in probe.state_dict().values()], counts
+
+
 def test_probe_equals_one_process_on_the_joined_batch():
     generator = torch.Generator().manual_seed(0)
     steps = [(torch.randn(8, 6, generator=generator), torch.tensor([0, 1, -1, -1, -1, 2, 1, 0])) for _ in range(3)]
     halves = [[(feats[4 * r : 4 * r + 4], labels[4 * r : 4 * r + 4]) for feats, labels in steps] for r in (0, 1)]
-    ranks = run_ranks(lambda rank: probe_steps(halves[rank]))
+    ranks = run_ranks(lambda rank: (probe_steps(halves[rank]), agreed_steps(halves[rank])))
     assert ranks[0] == ranks[1]
-    for a, b in zip(ranks[0], probe_steps(steps), strict=True):
+    alone, agreed = ranks[0]
+    assert agreed == (alone, [1, 1, 0])
+    for a, b in zip(alone, probe_steps(steps), strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
 
 
