@@ -30,7 +30,6 @@ from solo.eval.report import ReportConfig
 from solo.methods import METHODS
 from solo.nn import Momentum
 from solo.optim import OptimizerConfig
-from solo.precision import MatmulPrecision
 from solo.redaction import redacted
 from solo.schedules import SchedulerConfig
 
@@ -71,8 +70,6 @@ class Experiment:
     ``view_batching``: ``concat`` runs all views of one size as one batch, with BatchNorm still per view (`solo.batching`).
     ``micro_batch``: images that pass the backbone at a time; the gradient stays that of the whole batch.
     ``compile``: ``torch.compile`` of backbone and heads, which takes a minute before the first step.
-    ``matmul_precision``: torch's ``set_float32_matmul_precision`` for the run, which on a GPU decides how the losses multiply:
-    ``highest``, ``high`` (TF32) or ``medium`` (bfloat16, summed in float32); null leaves it as torch has it, ``highest``.
     ``auto_batch_size`` and ``auto_lr`` search for ``optimizer.batch_size`` and ``optimizer.lr`` first (`solo.tuning`).
     ``step_timeout``: seconds after which several processes give up on one that does not answer, at least 8; all have left
     within twice that time.
@@ -91,7 +88,6 @@ class Experiment:
     view_batching: Mode = "separate"
     micro_batch: int | None = None
     compile: bool = False
-    matmul_precision: MatmulPrecision | None = None
     auto_batch_size: bool = False
     auto_lr: bool = False
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -161,7 +157,7 @@ class Experiment:
 
 _NOT_LEARNED = (
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
-    *("view_batching", "compile", "matmul_precision", "auto_batch_size", "auto_lr", "step_timeout"),
+    *("view_batching", "compile", "auto_batch_size", "auto_lr", "step_timeout"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
     *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),
@@ -178,10 +174,7 @@ _NOT_LEARNED_INSIDE = (
     ("optimizer", "batch_size"),
 )
 # None of these names another run; a run that goes on with another value says so.
-_ROUNDING = (
-    *("probe", "view_batching", "compile", "matmul_precision", "accelerator", "strategy", "deterministic", "benchmark"),
-    "kernel",
-)
+_ROUNDING = ("probe", "view_batching", "compile", "accelerator", "strategy", "deterministic", "benchmark", "kernel")
 
 
 def _with_words(shown: Any, thing: Any) -> Any:

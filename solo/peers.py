@@ -49,7 +49,7 @@ class Flag:
     """What any process may raise for all of them, and each sees when it looks: no collective.
 
     Args:
-        name: used once.
+        name: once raised, it stays.
     """
 
     def __init__(self, name: str) -> None:

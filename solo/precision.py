@@ -1,16 +1,14 @@
-"""Maths that must not lose digits to mixed precision, and how many digits products of float32 have."""
+"""Maths that must not lose digits to mixed precision."""
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -27,17 +25,6 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             return wide(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
 
     return exact
-
-
-@contextmanager
-def matmul_precision(value: MatmulPrecision | None) -> Iterator[None]:
-    """``torch.set_float32_matmul_precision`` for a while; None leaves it as it is."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(value or before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -44,7 +44,6 @@ from solo.files import write_file
 from solo.loggers import loggers
 from solo.methods import METHODS, Method
 from solo.peers import together
-from solo.precision import matmul_precision
 from solo.profiler import NoProfiler
 from solo.start import alike, begin
 from solo.strategy import EpochLoop, Launcher, Strategy, meet
@@ -143,7 +142,7 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
             method.load_state_dict(trainer.strategy.checkpoint_io.load_checkpoint(start.path)["state_dict"])
         else:
             _write_config(config, run_dir)
-            _fit(trainer, method, data, start.path, config)
+            _fit(trainer, method, data, start.path, config.step_timeout)
         if data.bad.count:
             say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
         last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
@@ -191,9 +190,9 @@ def _idle(config: Experiment, data: DataModule, global_batch: int) -> Iterator[s
             yield from pairs.of_bank("report.k", [config.report.k], min(labelled, config.report.max_train))
 
 
-def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None, config: Experiment) -> None:
+def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | None, timeout: float) -> None:
     try:
-        with together(config.step_timeout), matmul_precision(config.matmul_precision):
+        with together(timeout):
             trainer.fit(method, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:
         raise ConfigError(f"the Trainer refuses its arguments: {' '.join(str(error).split())}") from error

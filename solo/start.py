@@ -227,13 +227,15 @@ def _choose(config: Experiment, run_dir: Path) -> tuple[Path | None, dict[str, A
     asked = own if config.resume in ("auto", "never") else checkpoint.resolve(config.resume, "resume")
     if asked is None:
         return None, {}
-    if own is None or own.resolve() != asked.resolve():
+    entries = checkpoint.manifest(folder) if own is not None else []
+    if own is None or asked.resolve() not in {(folder / entry.file).resolve() for entry in entries}:
         given = checkpoint.read(asked)
-        if own is None or given["global_step"] > checkpoint.manifest(folder)[-1].step:
+        if own is None or given["global_step"] > entries[-1].step:
             return asked, given
+        del given                       # it may be large, and so is the one that is read next
+    if own.resolve() != asked.resolve():
         say(f"resume={config.resume}: this run has gone on from there")
-        asked = own
-    return asked, checkpoint.read(asked, verified=True)
+    return own, checkpoint.read(own, verified=True)
 
 
 def _estimate(config: Experiment, method: Method) -> int:

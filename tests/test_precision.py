@@ -1,19 +1,15 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from solo.callbacks import health, knn, probe
 from solo.eval.linear import Classifier, LinearConfig
-from solo.experiment import experiment
 from solo.kernels import nearest, neighbours
 from solo.losses import feature_loss_func, nnclr_loss_func, sce_loss_func
 from solo.methods import all4one
 from solo.nn import Queue, unit
 from solo.precision import full_precision
-from solo.run import pretrain
 from solo.testing import Case
 from tests.callbacks.toy import CLASSES, ToyBackbone, fit
-from tests.tiny import values
 
 
 @full_precision
@@ -136,14 +132,3 @@ def test_linear_evaluation_ranks_classes_in_float32(dtype):
         logits = model.logits(feats)
     expected = feats.double() @ model.head.weight.double().T + model.head.bias.double()
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_has_the_products_it_asks_for_and_leaves_torch_as_it_was(tmp_path):
-    seen = []
-
-    class Seen(pl.Callback):
-        def on_train_batch_end(self, *_):
-            seen.append(torch.get_float32_matmul_precision())
-
-    pretrain(experiment(values("simclr", tmp_path, max_epochs=1, limit_train_batches=1, matmul_precision="high")), [Seen()])
-    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"

@@ -8,7 +8,7 @@ from tests.tiny import values
 # What is seen, kept, watched or how fast it goes, but never what is learned.
 NOT_LEARNED = {
     *("name", "checkpoint", "report", "resume", "loggers", "wandb", "knn", "health", "probe", "extra"),
-    *("view_batching", "compile", "matmul_precision", "auto_batch_size", "auto_lr", "step_timeout"),
+    *("view_batching", "compile", "auto_batch_size", "auto_lr", "step_timeout"),
     *("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch", "val_check_interval"),
     *("num_sanity_val_steps", "detect_anomaly", "benchmark", "deterministic", "inference_mode"),

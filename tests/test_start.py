@@ -106,7 +106,7 @@ def broken_off(tmp_path_factory):
     return folder / "kept", pretrain(experiment(content)).method.state_dict()
 
 
-@pytest.mark.parametrize("resume", ["auto", "path", "complete"])
+@pytest.mark.parametrize("resume", ["auto", "path", "earlier", "complete"])
 def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, monkeypatch):
     """What was judged is what is trained on: behind its verdict, the file may be anything."""
 
@@ -116,7 +116,8 @@ def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, 
 
     kept, whole = broken_off
     shutil.copytree(kept, tmp_path / "run", symlinks=True)
-    if resume == "complete":
+    (first,) = (path.resolve() for path in tmp_path.glob("run/*/last.ckpt"))
+    if resume in ("earlier", "complete"):
         weights("run")
     (last,) = (path.resolve() for path in tmp_path.glob("run/*/last.ckpt"))
     looks, begin, digest, read_tensors = [], start.begin, checkpoint.digest, checkpoint.read_tensors
@@ -130,7 +131,8 @@ def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, 
         return found
 
     monkeypatch.setattr("solo.run.begin", begun)
-    found = weights("other", resume=str(last)) if resume == "path" else weights("run")
+    found = weights("other", resume=str(last)) if resume == "path" else (
+        weights("run", resume=str(first)) if resume == "earlier" else weights("run"))
     assert looks == ["sum", "load"] and all(torch.equal(found[name], value) for name, value in whole.items())
 
 

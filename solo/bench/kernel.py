@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -20,12 +21,8 @@ from solo.errors import ConfigError, EnvironmentFault, Parser
 from solo.kernels import neighbours
 from solo.kernels.dispatch import uses_triton
 from solo.losses import sce_loss_func, simclr_loss_func
-from solo.precision import MatmulPrecision, matmul_precision
 
 Loss = Callable[[Tensor], Tensor]
-_KINDS: tuple[tuple[str, MatmulPrecision, float], ...] = (     # products, and how far a gradient may be off for them
-    ("float32", "highest", 1e-4), ("TF32", "high", 1e-2), ("bfloat16", "medium", 1e-2),
-)
 
 
 @dataclass(frozen=True)
@@ -108,6 +105,17 @@ def nt_xent(z: Tensor) -> Tensor:
     return simclr_loss_func(z, torch.arange(len(z) // 2, device=z.device).repeat(2), 0.2, positives=1)
 
 
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """``torch.set_float32_matmul_precision`` for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _step(loss: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, ...]], autocast: bool) -> Work:
     """Forward and backward to the first input."""
 
@@ -137,38 +145,30 @@ def _against(
 
 
 def queue_attention_rows(device: str, scale: Scale) -> list[Row]:
-    """K1: SCE over a queue, forward and backward, its products in bfloat16 as the peer's under autocast, and in TF32."""
+    """K1: SCE over a queue, forward and backward, with float32 products in TF32."""
     n, d = scale.batch, scale.width
     queue = plain.unit(scale.queue, d, device=device, seed=9)
     views = [(plain.unit(n, d, device=device, seed=i).requires_grad_(), plain.unit(n, d, device=device, seed=i + SETS))
              for i in range(SETS)]
     inputs = [(q, k, queue) for q, k in views]
+    ours = _step(sce, inputs, True)
+    peers = {"official formula, autocast": _step(plain.sce, inputs, True)}
+    if scale.compiles:
+        peers["official formula, torch.compile"] = _step(torch.compile(plain.sce), inputs, True)
     flops = 2 * (2 * n) * scale.queue * d * 2           # scores and values of both branches
-    what = f"SCE N={n} K={scale.queue} D={d}"
-    return _in_both("K1", what, sce, plain.sce, "official formula", inputs, flops, device, scale)
+    with _products("high"):
+        return _against("K1", f"SCE N={n} K={scale.queue} D={d}", ours, peers, flops, device, scale)
 
 
 def nt_xent_rows(device: str, scale: Scale) -> list[Row]:
-    """K2: NT-Xent, forward and backward, its products in bfloat16 as the peer's under autocast, and in TF32."""
+    """K2: NT-Xent, forward and backward, with float32 products in TF32."""
     n, d = 2 * scale.batch, scale.width
     inputs = [(plain.unit(n, d, device=device, seed=i).requires_grad_(),) for i in range(SETS)]
-    what = f"NT-Xent 2N={n} D={d}"
-    return _in_both("K2", what, nt_xent, plain.nt_xent, "masks over exponentials", inputs, 3 * 2 * n * n * d, device, scale)
-
-
-def _in_both(
-    id: str, what: str, ours: Callable[..., Tensor], peer: Callable[..., Tensor], name: str,
-    inputs: Sequence[tuple[Tensor, ...]], flops: float, device: str, scale: Scale,
-) -> list[Row]:
-    """Rows of a loss whose kernel multiplies in bfloat16, and in TF32, beside the peer under autocast, compiled too."""
-    mine, eager = _step(ours, inputs, True), _step(peer, inputs, True)
-    with matmul_precision("medium"):
-        peers = {f"{name}, autocast": eager}
-        if scale.compiles:
-            peers[f"{name}, torch.compile"] = _step(torch.compile(peer), inputs, True)
-        found = _against(id, f"{what}, bfloat16", mine, peers, flops, device, scale)
-    with matmul_precision("high"):
-        return found + _against(id, f"{what}, TF32", mine, {f"{name}, autocast": eager}, flops, device, scale)
+    peers = {"masks over exponentials, autocast": _step(plain.nt_xent, inputs, True)}
+    if scale.compiles:
+        peers["masks over exponentials, torch.compile"] = _step(torch.compile(plain.nt_xent), inputs, True)
+    with _products("high"):
+        return _against("K2", f"NT-Xent 2N={n} D={d}", _step(nt_xent, inputs, True), peers, 3 * 2 * n * n * d, device, scale)
 
 
 def nearest_rows(id: str, device: str, scale: Scale) -> list[Row]:
@@ -228,9 +228,9 @@ def correctness(device: str, scale: Scale) -> list[Row]:
         ("NT-Xent", nt_xent, plain.nt_xent, torch.cat([q, k])),
     ]
     found = []
-    for kind, precision, bound in _KINDS:
+    for kind, precision, bound in (("float32", "highest", 1e-4), ("TF32", "high", 1e-2)):
         for name, ours, theirs, at in cases:
-            with matmul_precision(precision):
+            with _products(precision):
                 error = _gradient_error(ours, theirs, at)
             assert error < bound, f"the gradient of {name} in {kind} is off by {error:.1e}"
             found.append(Row("KC", f"{name} gradient in {kind}, largest error", error, "of the largest"))

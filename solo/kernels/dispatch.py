@@ -84,17 +84,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def input_precision() -> str:
     """How float32 operands are multiplied: TF32 where torch's own products may use it, else nearly as exact as float32.
 
-    By ``torch.get_float32_matmul_precision()``: ``highest`` is three TF32 products on tensor cores (``tf32x3``), for plain
-    float32 products would not fit in registers; the interpreter has real ones.
+    Torch's may after ``torch.set_float32_matmul_precision("high")`` or by the newer ``fp32_precision``, behind which the
+    former's getter raises an error. Else three TF32 products on tensor cores (``tf32x3``), for plain float32 products would
+    not fit in registers; the interpreter has real ones.
     """
-    if torch.get_float32_matmul_precision() != "highest":
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if interpreted() else "tf32x3"
-
-
-def operand(x: Tensor) -> Tensor:
-    """What the kernels multiply: float32 as bfloat16 under ``torch.set_float32_matmul_precision("medium")``, else as it is."""
-    return x.bfloat16() if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium" else x
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solo.kernels.dispatch import cut, input_precision, interpreted, operand, padded
+from solo.kernels.dispatch import cut, input_precision, interpreted, padded
 from solo.kernels.triton_tiles import _logits, _tile
 
 # A program has BM rows and one part of the queue. It holds, over the keys it has seen, with t_ij = s_ij log2(e),
@@ -48,7 +48,6 @@ def _attend(q, keys, scale, lse, mean, N, K, per_part, own, D: tl.constexpr, BM:
 def attend(q: Tensor, queue: Tensor, scale: Tensor, own: int | None) -> tuple[Tensor, Tensor]:
     """See `solo.kernels.attention.attend`."""
     (n, d), k = q.shape, len(queue)
-    queue = operand(queue)
     precision = input_precision()
     shape, parts, per_part = cut(n, k, queue, precision, accumulates=True)
     lse = torch.empty(parts, n, device=q.device)

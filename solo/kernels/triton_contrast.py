@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solo.kernels.dispatch import cut, input_precision, interpreted, operand, padded
+from solo.kernels.dispatch import cut, input_precision, interpreted, padded
 from solo.kernels.triton_tiles import _logits, _tile
 
 # Logits are kept to base 2, as the exponentials are: t_ij = s_ij log2(e).
@@ -45,7 +45,6 @@ def _forward(rows, keys, lse, N, K, per_part, factor, own, D: tl.constexpr, BM: 
 def row_logsumexp(rows: Tensor, keys: Tensor, scale: float, own: int | None) -> Tensor:
     """See `solo.kernels.contrast.row_logsumexp`."""
     (n, d), k = rows.shape, len(keys)
-    keys = operand(keys)
     precision = input_precision()
     shape, parts, per_part = cut(n, k, keys, precision, accumulates=False)
     lse = torch.empty(parts, n, device=rows.device)
@@ -93,7 +92,6 @@ def weighted_keys(
 ) -> Tensor:
     """See `solo.kernels.contrast.weighted_keys`."""
     (n, d), k = rows.shape, len(keys)
-    keys = operand(keys)
     precision = input_precision()
     shape, parts, per_part = cut(n, k, keys, precision, accumulates=True)
     out = torch.empty(parts, n, d, device=rows.device)

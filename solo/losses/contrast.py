@@ -4,9 +4,8 @@ The losses are means over a rank's own rows. A rank's gradient holds what the lo
 had come back through the gathering: after DDP has averaged, it is the gradient of the mean of the ranks' losses. For that the
 others need no more of a rank than its rows, which they have from the forward pass, and one or two numbers per row.
 
-The losses get float32, also under mixed precision. On a GPU ``torch.set_float32_matmul_precision`` (the key
-``matmul_precision``) has the kernels of `solo.kernels` multiply in TF32 ("high") or bfloat16 ("medium") on tensor cores; by
-default they take three TF32 products, nearly as exact as float32.
+The losses get float32, also under mixed precision. On a GPU ``torch.set_float32_matmul_precision("high")`` has the kernels of
+`solo.kernels` multiply in TF32 on tensor cores; by default they take three such products, nearly as exact as float32.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -224,6 +225,14 @@ def test_memory_is_the_dataset_and_eight_batches(kernel: str) -> None:
     for payload in engine.batches(PLAN * 20):
         taken.update((view.data_ptr(), view.nbytes) for view in payload.batch.views)
     assert sum(taken.values()) <= 8 * sum(view.nbytes for view in payload.batch.views)
+
+
+def test_the_compiled_file_changes_with_what_is_compiled_into_it() -> None:
+    """Else numba would load from its cache what another `jit` was compiled into. `JIT` gets its new digits then."""
+    pytest.importorskip("numba")
+    from solo.data.engines import chain, jit
+
+    assert hashlib.sha256(Path(jit.__file__).read_bytes()).hexdigest().startswith(chain.JIT) and len(chain.JIT) == 8
 
 
 def test_without_numba_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:

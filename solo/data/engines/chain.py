@@ -1,7 +1,8 @@
 """The compiled side of `solo.data.engines.kernel_numba`: one image at a time from its random numbers to its pixels.
 
 All compiled functions live in this file: numba's cache on disk notices a change of the file it was made from and of no
-other. What `solo.data.views` decides (ranges, chances, thresholds) comes in as data: ``view`` is a record of
+other. `JIT` is the first digits of the SHA-256 of `solo.data.engines.jit`, which is compiled into them: so this file changes
+with that one. What `solo.data.views` decides (ranges, chances, thresholds) comes in as data: ``view`` is a record of
 `solo.data.engines.kernel_numba.VIEW`, ``row`` one of its `ROW`.
 
 Two things make the loops vectorise. Numbers are float32 throughout, literals too. Offsets are unsigned: a signed index
@@ -16,6 +17,7 @@ import numpy as np
 from solo.data.engines.jit import WIDTH, clamp, exact, fast, fetch, inlined, kept, load, plus, store, zeros
 from solo.data.engines.kernel_torch import LUMA
 
+JIT = "81db8b04"
 Array = np.ndarray
 U = np.uint64
 f32 = np.float32
@@ -371,8 +373,8 @@ def render(
     """Do to images [N, H * W * C] uint8, those of ``shown`` [n], what ``rows`` [n] say; times ``scale`` plus ``shift``.
 
     Args:
-        down: the columns' `solo.data.engines.kernel_numba.taps`.
-        across: the rows' `solo.data.engines.kernel_numba.bands`.
+        down: the columns' `solo.data.engines.kernel_numba._taps`.
+        across: the rows' `solo.data.engines.kernel_numba._bands`.
         out: [n, C, S * S] float32, written.
     """
     source, lines, flat = _work(view, out.shape[1], down[1].shape[2])

@@ -6,7 +6,6 @@ import torch
 from solo.kernels import queue_attention
 from solo.kernels.attention import attend, attend_eager
 from solo.kernels.dispatch import uses_triton
-from solo.precision import matmul_precision
 from tests.kernels.interpreted.common import DEVICE, DTYPES, assert_near, tolerance, unit_rows
 
 # One of each; less than a tile; a tail in both directions; D that is no power of two; several tiles and parts.
@@ -102,13 +101,3 @@ def test_gradient_equals_that_of_the_matrix_form():
     (lse * upstream).sum().backward()
     (dense(theirs, queue.double(), scale)[1] * upstream).sum().backward()
     assert_near(ours.grad, theirs.grad, tolerance(torch.float32, 24, 1 / 0.07))
-
-
-def test_medium_precision_multiplies_float32_rows_in_bfloat16():
-    """Both arrive in bfloat16, and nothing else is lost: the result is that of rows which lie in bfloat16."""
-    q, queue, scale = unit_rows(20, 32), unit_rows(70, 32, seed=1), scales(20)
-    with matmul_precision("medium"):
-        out, lse = attend(q, queue, scale)
-    expected = attend(q.bfloat16(), queue.bfloat16(), scale)
-    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-    assert not torch.equal(lse, attend(q, queue, scale)[1])
