@@ -125,6 +125,8 @@ def reported() -> Iterator[None]:
     command = over = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
+        if _leaves(sys.exc_info()[1]):
+            return                      # torchrun and SLURM ask more than once
         if os.getpid() == process and main_process():
             print(f"interrupted: {signal.Signals(number).name} outside training: nothing to save", file=sys.stderr)
         raise SystemExit(128 + number)
@@ -145,6 +147,11 @@ def reported() -> Iterator[None]:
             command = outer
             if outer is None and os.getpid() == process:
                 _end_children()
+
+
+def _leaves(error: BaseException | None) -> bool:
+    """Whether what is being handled ends the process anyway, and says so."""
+    return error is not None and (isinstance(error, (Interrupted, SystemExit)) or _leaves(error.__context__))
 
 
 def _end_children() -> None:

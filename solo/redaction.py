@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key|(^|_)key$", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)")      # the password of https://user:password@host
 _SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
 _from_environment: dict[str, str] = {}  # value -> how the config names it
 
@@ -17,13 +18,16 @@ def remember(value: str, variable: str) -> None:
 
 
 def redacted(content: Any, environment: bool = True) -> Any:
-    """Plain values without secrets: a text under a key that is called like one is hidden, and, where asked for, a text out of
-    the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
+    """Plain values without secrets: a text under a key that is called like one is hidden, and the password in an address; and,
+    where asked for, a text out of the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
     if isinstance(content, dict):
         return {key: HIDDEN if _hides(key, value) else redacted(value, environment) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [redacted(value, environment) for value in content]
-    return _renamed(content, _from_environment) if environment and isinstance(content, str) else content
+    if not isinstance(content, str):
+        return content
+    content = _IN_ADDRESS.sub(rf"\1{HIDDEN}", content)
+    return _renamed(content, _from_environment) if environment else content
 
 
 def spoken(text: str) -> str:

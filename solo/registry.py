@@ -61,7 +61,7 @@ class Registry(Mapping[str, T], Generic[T]):
         module, _, attribute = name.partition(":")
         try:
             thing: T = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:          # of any kind: a plugin's file runs as it is imported
             raise UnknownName(f"{name!r} cannot be imported for {self.group}: {error}") from error
         if not isinstance(thing, self.kind):
             raise UnknownName(f"{name!r} is no {self.kind.__name__}")

@@ -138,7 +138,9 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
     start = begin(config, run_dir, method, trainer)
     with start.lease:
         if start.path is not None and start.complete:
-            say(f"nothing to train (resume=never starts anew); results: {run_dir / 'results.json'}")
+            results = run_dir / "results.json"
+            found = f"results: {results}" if results.exists() else f"{start.path} is the end of its training"
+            say(f"nothing to train (resume=never starts anew); {found}")
             method.load_state_dict(trainer.strategy.checkpoint_io.load_checkpoint(start.path)["state_dict"])
         else:
             _write_config(config, run_dir)
@@ -146,6 +148,8 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         if data.bad.count:
             say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
         last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
+        if start.complete and not (run_dir / "last.ckpt").exists():
+            last = start.path                   # of another run
         if trainer.world_size > 1:
             part()                              # the report is rank 0's alone
         if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):

@@ -115,7 +115,8 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
     then, now = flat(provenance["config"]).get("optimizer.batch_size"), config.optimizer.batch_size
-    if then not in (now, None):
+    steps = content.get("DataModule", {}).get("global_batch")
+    if then not in (now, None) and steps == now * trainer.world_size:         # else the data refuse to go on
         say(f"note: each process takes {now} images of a step, it took {then} when this checkpoint was saved: the steps are of "
             "the same images, but statistics of BatchNorm and random numbers of networks are each process's own")
     trainer.strategy.checkpoint_io.judged[str(path)] = content  # type: ignore[attr-defined]

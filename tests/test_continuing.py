@@ -197,3 +197,12 @@ def test_too_many_unreadable_images_over_a_resume_end_it(tmp_path):
     watched(4, **of_bad_images(tmp_path, limit=3 / 64))
     with pytest.raises(DataError, match="4 of 64 images cannot be read"):
         pretrain(experiment(of_bad_images(tmp_path, limit=3 / 64)))
+
+
+def test_a_finished_run_under_another_config_is_said_to_be_the_end(tmp_path, caplog):
+    done = pretrain(experiment(values("simclr", tmp_path / "runs", max_epochs=1)))
+    caplog.set_level("INFO", "solo")
+    changes = {"resume": str(done.checkpoint), "optimizer": {"batch_size": 16}}
+    result = pretrain(experiment(values("simclr", tmp_path / "others", max_epochs=1, **changes)))
+    assert result.checkpoint.resolve() == done.checkpoint.resolve()
+    assert f"{result.checkpoint} is the end of its training" in caplog.text and "the same images" not in caplog.text

@@ -25,8 +25,9 @@ def load(tmp_path, monkeypatch):
     monkeypatch.setattr(redaction, "_from_environment", {})
     monkeypatch.setenv("SOLO_TEST_SECRET", FROM_ENVIRONMENT)
     extra = {
-        "api_key": WRITTEN, "hub": {"AuthToken": WRITTEN}, "list": [{"db_password": WRITTEN}],
+        "api_key": WRITTEN, "wandb_key": WRITTEN, "hub": {"AuthToken": WRITTEN}, "list": [{"db_password": WRITTEN}],
         "note": "${oc.env:SOLO_TEST_SECRET}", "again": "${extra.note}/again",
+        "address": f"https://me:{WRITTEN}@host:80/path",
         "inside": "x-${oc.env:SOLO_TEST_SECRET}-y", "num_tokens": 3, "tokens": True,
     }
     content = values("nnclr", tmp_path / "runs", extra=extra, max_epochs=1, loggers=["csv", "tensorboard"])
@@ -51,6 +52,7 @@ def test_nothing_a_run_writes_holds_a_secret(load, tmp_path, caplog):
     assert FROM_ENVIRONMENT not in caplog.text and WRITTEN not in caplog.text
     kept = json.loads((result.run_dir / "config.json").read_text())
     assert kept["extra"]["api_key"] == kept["extra"]["hub"]["AuthToken"] == HIDDEN and kept["extra"]["num_tokens"] == 3
+    assert kept["extra"]["address"] == f"https://me:{HIDDEN}@host:80/path"
     assert kept["extra"]["inside"] == "x-${oc.env:SOLO_TEST_SECRET}-y" and kept["extra"]["tokens"] is True
     assert checkpoint.provenance(checkpoint.read(result.checkpoint), "x")["config"] == kept
     experiment(kept)                                                        # and it is a config

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 
 from solo.callbacks.signals import SignalGuard
-from solo.errors import SIGNALS, hearing, reported
+from solo.errors import SIGNALS, Interrupted, hearing, reported
 from solo.experiment import experiment
 from solo.run import pretrain
 from tests.conftest import ROOT
@@ -95,3 +95,21 @@ def test_a_training_that_fails_gives_the_handlers_back(tmp_path):
         guards.clear()
         gc.collect()
         assert [signal.getsignal(number) for number in SIGNALS] == mine
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (Interrupted("SIGUSR1 at epoch 1, step 3: saved", signal.SIGUSR1), 128 + signal.SIGUSR1,
+     "interrupted: SIGUSR1 at epoch 1, step 3: saved\n"),
+    (SystemExit(0), 0, ""),
+])
+def test_a_signal_on_the_way_out_changes_nothing(error, code, line, capsys):
+    """torchrun's agent sends a SIGTERM too, and SLURM one after its warning: what was saved is told, not that nothing was."""
+    with pytest.raises(SystemExit) as end, reported():
+        try:
+            raise error
+        finally:
+            try:
+                raise KeyError
+            except KeyError:
+                signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == code and capsys.readouterr().err == line

@@ -218,8 +218,10 @@ def _l2(pairs: int) -> list[Row]:
 def _l3(pairs: int) -> list[Row]:
     one, five = search_pair(256, 65536, 1), search_pair(256, 98304, 5)
     rows = _compared(one, pairs) + _compared(five, pairs)
-    rows += _scaled("L3", "NN top-1 at 2N", search_pair(512, 65536, 1), search_pair(1024, 65536, 1), pairs)
-    return rows + _scaled("L3", "NN top-1 at 2Q", one, search_pair(256, 131072, 1), pairs)
+    for k, base, longer in ((1, one, 131_072), (5, five, 196_608)):
+        rows += _scaled("L3", f"NN top-{k} at 2N", search_pair(512, 65536, k), search_pair(1024, 65536, k), pairs)
+        rows += _scaled("L3", f"NN top-{k} at 2Q", base, search_pair(256, longer, k), pairs)
+    return rows
 
 
 def _l4(pairs: int) -> list[Row]:

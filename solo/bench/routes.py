@@ -142,7 +142,7 @@ def _verdict(run: Ordeal, status: int, number: signal.Signals) -> list[str]:
         problems.append(f"not saved: ended after step {noted} with the checkpoints {saved}")
     said = [line for line in run.log.read_text(errors="replace").splitlines() if line.startswith("interrupted")]
     if len(said) != 1 or f"{number.name} at epoch" not in said[0]:
-        problems.append(f"said: {said}")
+        problems.append(f"said: {said}, of: {run.log.read_text(errors='replace')[-2000:]}")
     return problems
 
 
