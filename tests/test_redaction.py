@@ -112,8 +112,9 @@ def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkey
 
 
 def test_keys_called_like_a_secret():
-    hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials")
-    shown = ("key", "keys", "name", "pass_through", "monkey", "epochs")
+    hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials",
+              "key", "wandb_key")
+    shown = ("keys", "key_of_one", "name", "pass_through", "monkey", "epochs")
     content = redacted({key: "text" for key in (*hidden, *shown)})
     assert {key for key, value in content.items() if value == HIDDEN} == set(hidden)
 
