@@ -19,7 +19,7 @@ test test-fast: export OMP_NUM_THREADS = 1
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 # Many tests fork, and a fork copies the table of all pages: of huge ones, where the system gives them on request, it is short.
 # Not for those that run alone: they count kilobytes.
-TOGETHER := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m pytest -n 2 --dist worksteal
+TOGETHER := GLIBC_TUNABLES=$${GLIBC_TUNABLES:+$$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1 $(RUN) -m pytest -n 2 --dist worksteal
 test: env
 	$(TOGETHER) -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone

@@ -61,8 +61,10 @@ class Agreement:
 
     def add_up(self, x: Tensor) -> Sum:
         """The sum over ranks of x [N] float32, by the message of the next step unless asked for before."""
-        self._sums.append(Sum(x))
-        return self._sums[-1]
+        later = Sum(x)
+        if world_size() > 1:
+            self._sums = [*(each for each in self._sums if not each.done), later]      # those asked for are let go
+        return later
 
     def reach(self, **measured: Tensor) -> dict[str, list[float]]:
         """Let all ranks know.
@@ -76,6 +78,6 @@ class Agreement:
         for place, number in enumerate(said, start=len(measured)):
             if number:                          # filled on the device: a copy from the host would wait for it
                 row[place] = number
-        sums, self._sums = [each for each in self._sums if not each.done and world_size() > 1], []
+        sums, self._sums = [each for each in self._sums if not each.done], []
         self.found = dict(zip([*measured, *self._facts], of_each_rank(row, sums=sums), strict=True))
         return self.found

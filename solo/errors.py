@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -20,6 +21,7 @@ from solo.redaction import spoken
 
 log = logging.getLogger(__name__)
 _DYING = 1.0        # seconds that killed processes have to end
+_LEAVING = 10.0     # seconds in which a process that is on its way out hears no other request than Ctrl-C
 
 # The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -121,12 +123,18 @@ def reported() -> Iterator[None]:
     A signal outside training gets its line too, and the exit code ``128 + signal``.
     """
     global command
-    process, outer = os.getpid(), command
+    process, outer, since = os.getpid(), command, math.inf
     command = over = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if _leaves(sys.exc_info()[1]):
-            return                      # torchrun and SLURM ask more than once
+        nonlocal since
+        if (ending := _ending(sys.exc_info()[1])) is not None:
+            since = min(since, time.monotonic())
+            if number != signal.SIGINT and time.monotonic() < since + _LEAVING:
+                return                  # torchrun and SLURM ask more than once
+            if isinstance(ending, Interrupted) and os.getpid() == process and main_process():
+                print(f"{ending.kind}: {ending}", file=sys.stderr)
+            raise SystemExit(ending.exit_code if isinstance(ending, Interrupted) else ending.code)
         if os.getpid() == process and main_process():
             print(f"interrupted: {signal.Signals(number).name} outside training: nothing to save", file=sys.stderr)
         raise SystemExit(128 + number)
@@ -149,9 +157,9 @@ def reported() -> Iterator[None]:
                 _end_children()
 
 
-def _leaves(error: BaseException | None) -> bool:
-    """Whether what is being handled ends the process anyway, and says so."""
-    return error is not None and (isinstance(error, (Interrupted, SystemExit)) or _leaves(error.__context__))
+def _ending(error: BaseException | None) -> Interrupted | SystemExit | None:
+    """What is being handled and ends the process anyway, which a signal need not do."""
+    return error if error is None or isinstance(error, (Interrupted, SystemExit)) else _ending(error.__context__)
 
 
 def _end_children() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key|(^|_)key$", re.IGNORECASE)
-_IN_ADDRESS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)")      # the password of https://user:password@host
+_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private|wandb|auth)_?key", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(:/{1,2})[^/\s]+(?=@)")       # user and password, or a token, of https://user:password@host
 _SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
 _from_environment: dict[str, str] = {}  # value -> how the config names it
 
@@ -18,8 +18,8 @@ def remember(value: str, variable: str) -> None:
 
 
 def redacted(content: Any, environment: bool = True) -> Any:
-    """Plain values without secrets: a text under a key that is called like one is hidden, and the password in an address; and,
-    where asked for, a text out of the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
+    """Plain values without secrets: a text under a key that is called like one is hidden, and so is who an address is asked
+    as; where asked for, a text out of the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
     if isinstance(content, dict):
         return {key: HIDDEN if _hides(key, value) else redacted(value, environment) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -32,8 +32,9 @@ def redacted(content: Any, environment: bool = True) -> Any:
 
 def spoken(text: str) -> str:
     """A text for the screen: paths and words out of the environment stay, for whoever looks for the mistake in them; what a
-    variable called like a secret held becomes its name."""
-    return _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET.search(name)})
+    variable called like a secret held becomes its name, and who an address is asked as is hidden."""
+    text = _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET.search(name)})
+    return _IN_ADDRESS.sub(rf"\1{HIDDEN}", text)
 
 
 def _hides(key: Any, value: Any) -> bool:

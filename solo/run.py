@@ -148,11 +148,13 @@ def pretrain(config: Experiment, extra_callbacks: Sequence[pl.Callback] = ()) ->
         if data.bad.count:
             say(f"{data.bad.count} unreadable images were replaced: {', '.join(data.bad.names[:5])}")
         last = run_dir / "last.ckpt" if config.checkpoint.enabled else None
-        if start.complete and not (run_dir / "last.ckpt").exists():
-            last = start.path                   # of another run
+        others = start.complete and start.path is not None and not start.path.resolve().is_relative_to(run_dir.resolve())
+        if others and config.checkpoint.enabled:
+            last = start.path
         if trainer.world_size > 1:
             part()                              # the report is rank 0's alone
-        if config.report.enabled and trainer.is_global_zero and not (start.complete and (run_dir / "report.png").exists()):
+        drawn = others or (start.complete and (run_dir / "report.png").exists())
+        if config.report.enabled and trainer.is_global_zero and not drawn:
             report(config.report, method, _method(config, _in_chans(config)).backbone, data, run_dir, last)
     return Result(method, run_dir, last)
 

@@ -205,4 +205,6 @@ def test_a_finished_run_under_another_config_is_said_to_be_the_end(tmp_path, cap
     changes = {"resume": str(done.checkpoint), "optimizer": {"batch_size": 16}}
     result = pretrain(experiment(values("simclr", tmp_path / "others", max_epochs=1, **changes)))
     assert result.checkpoint.resolve() == done.checkpoint.resolve()
+    unsaved = experiment(values("simclr", tmp_path / "more", max_epochs=1, checkpoint={"enabled": False}, **changes))
+    assert pretrain(unsaved).checkpoint is None
     assert f"{result.checkpoint} is the end of its training" in caplog.text and "the same images" not in caplog.text

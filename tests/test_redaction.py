@@ -27,7 +27,7 @@ def load(tmp_path, monkeypatch):
     extra = {
         "api_key": WRITTEN, "wandb_key": WRITTEN, "hub": {"AuthToken": WRITTEN}, "list": [{"db_password": WRITTEN}],
         "note": "${oc.env:SOLO_TEST_SECRET}", "again": "${extra.note}/again",
-        "address": f"https://me:{WRITTEN}@host:80/path",
+        "address": f"https://me:{WRITTEN}@x@host:80/path", "git": f"https://{WRITTEN}@host/x",
         "inside": "x-${oc.env:SOLO_TEST_SECRET}-y", "num_tokens": 3, "tokens": True,
     }
     content = values("nnclr", tmp_path / "runs", extra=extra, max_epochs=1, loggers=["csv", "tensorboard"])
@@ -52,7 +52,7 @@ def test_nothing_a_run_writes_holds_a_secret(load, tmp_path, caplog):
     assert FROM_ENVIRONMENT not in caplog.text and WRITTEN not in caplog.text
     kept = json.loads((result.run_dir / "config.json").read_text())
     assert kept["extra"]["api_key"] == kept["extra"]["hub"]["AuthToken"] == HIDDEN and kept["extra"]["num_tokens"] == 3
-    assert kept["extra"]["address"] == f"https://me:{HIDDEN}@host:80/path"
+    assert kept["extra"]["address"] == f"https://{HIDDEN}@host:80/path"
     assert kept["extra"]["inside"] == "x-${oc.env:SOLO_TEST_SECRET}-y" and kept["extra"]["tokens"] is True
     assert checkpoint.provenance(checkpoint.read(result.checkpoint), "x")["config"] == kept
     experiment(kept)                                                        # and it is a config
@@ -113,8 +113,8 @@ def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkey
 
 def test_keys_called_like_a_secret():
     hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials",
-              "key", "wandb_key")
-    shown = ("keys", "key_of_one", "name", "pass_through", "monkey", "epochs")
+              "wandb_key")
+    shown = ("key", "keys", "pooling_key", "name", "pass_through", "monkey", "epochs")
     content = redacted({key: "text" for key in (*hidden, *shown)})
     assert {key for key, value in content.items() if value == HIDDEN} == set(hidden)
 

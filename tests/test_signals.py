@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 
 from solo.callbacks.signals import SignalGuard
-from solo.errors import SIGNALS, Interrupted, hearing, reported
+from solo.errors import SIGNALS, ConfigError, Interrupted, hearing, reported
 from solo.experiment import experiment
 from solo.run import pretrain
 from tests.conftest import ROOT
@@ -113,3 +113,21 @@ def test_a_signal_on_the_way_out_changes_nothing(error, code, line, capsys):
             except KeyError:
                 signal.raise_signal(signal.SIGTERM)
     assert end.value.code == code and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(("number", "hears"), [(signal.SIGINT, 10.0), (signal.SIGTERM, 0.0)], ids=["Ctrl-C", "asked for long"])
+def test_a_way_out_that_hangs_can_be_cut_short(number, hears, capsys, monkeypatch):
+    monkeypatch.setattr("solo.errors._LEAVING", hears)
+    with pytest.raises(SystemExit) as end, reported():
+        try:
+            raise Interrupted("SIGTERM at epoch 1, step 3: saved", signal.SIGTERM)
+        finally:
+            signal.raise_signal(number)
+            pytest.fail("it went on with what hangs")
+    assert end.value.code == 143 and capsys.readouterr().err == "interrupted: SIGTERM at epoch 1, step 3: saved\n"
+
+
+def test_who_an_address_is_asked_as_is_not_said(capsys):
+    with pytest.raises(SystemExit), reported():
+        raise ConfigError("resume=https:/me:hunter22@host/last.ckpt does not exist")
+    assert capsys.readouterr().err == "config error: resume=https:/(hidden)@host/last.ckpt does not exist\n"

@@ -54,7 +54,8 @@ class OnlineProbe(Callback):
     ) -> None:
         config = config or ProbeConfig()
         self.lr, self.agreement = lr, agreement
-        self._labels, self._sum = torch.empty(0), Sum(torch.empty(0))
+        self._labels = torch.empty(0)
+        self._sum: Sum | None = None
         self.head = nn.utils.skip_init(nn.Linear, dim, num_classes)
         bound, generator = 1 / math.sqrt(dim), torch.Generator().manual_seed(0)
         for p in self.head.parameters():
@@ -91,18 +92,19 @@ class OnlineProbe(Callback):
         self._total_steps = trainer.estimated_stepping_batches
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._labels = batch.labels
+        self._labels, self._sum = batch.labels, None
+        pl_module.feats = torch.empty(0)        # of this batch there are none yet
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.agreement is not None:
-            feats: Any = pl_module.feats
+        feats: Any = pl_module.feats
+        if self.agreement is not None and self._sum is None and len(feats):
             self._sum = self.agreement.add_up(self._packed(*_rows(feats, self._labels)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         lr = cosine(max(trainer.global_step - 1, 0) / self._total_steps, self.lr, 0.0)
-        if self.agreement is None:
+        if self._sum is None:           # no agreement, or a method whose `training_step` is its own
             self.step_scalars = self.update(*_rows(outputs["feats"], batch.labels), lr)
         else:
             self.step_scalars = self._step(self._sum(), lr)

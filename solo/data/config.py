@@ -1,5 +1,6 @@
 """The ``data`` block of an experiment."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +74,7 @@ class DataConfig:
             problems.append(f"std must hold positive numbers, got {self.std}")
         if not 0 <= self.max_bad_fraction <= 1:
             problems.append(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}")
-        if self.timeout <= 0:
-            problems.append(f"timeout must be positive, got {self.timeout}")
+        if not 0 < self.timeout < math.inf:
+            problems.append(f"timeout must be positive and finite, got {self.timeout}")
         if problems:
             raise ValueError("\n".join(problems))

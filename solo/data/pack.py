@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{file} exists: remove it, or give another name")
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {arguments.workers}")
-    if arguments.timeout <= 0:
-        raise ConfigError(f"--timeout must be positive, got {arguments.timeout:g}")
+    if not 0 < arguments.timeout < math.inf:
+        raise ConfigError(f"--timeout must be positive and finite, got {arguments.timeout:g}")
     library()
     watch(arguments.timeout)
     dataset = arguments.dataset or kind_of(path)

@@ -24,22 +24,28 @@ def probe_steps(parts):
     return [value.tolist() for value in probe.state_dict().values()]
 
 
-def agreed_steps(parts):
-    """The same in a run, three batches to an optimizer step; and the messages of the probe's own."""
+def agreed_steps(parts, own_step=False):
+    """The same in a run, three batches to an optimizer step; and the messages of the probe's own.
+
+    ``own_step``: of a method whose `training_step` is its own and keeps no ``feats``.
+    """
     agreement = Agreement()
     probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.3, agreement=agreement)
     trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=1)
     probe.on_train_start(trainer, None)
     counts = []
     for feats, labels in parts:
-        method, batch = SimpleNamespace(feats=feats), SimpleNamespace(labels=labels)
+        method, batch = SimpleNamespace(feats=torch.ones(4, 6)), SimpleNamespace(labels=labels)
         probe.on_train_batch_start(trainer, method, batch, 0)
+        if not own_step:
+            method.feats = feats
         probe.on_after_backward(trainer, method)
         if len(counts) == 2:
             assert agreement.reach(loss=torch.tensor(rank() == 1))["loss"] == [0, 1]
         with Collectives() as seen:
             probe.on_train_batch_end(trainer, method, {"feats": feats}, batch, 0)
         counts.append(sum(seen.names.values()))
+        assert len(agreement._sums) < 2         # those that were asked for are let go
     return [value.tolist() for value in probe.state_dict().values()], counts
 
 
@@ -47,10 +53,12 @@ def test_probe_equals_one_process_on_the_joined_batch():
     generator = torch.Generator().manual_seed(0)
     steps = [(torch.randn(8, 6, generator=generator), torch.tensor([0, 1, -1, -1, -1, 2, 1, 0])) for _ in range(3)]
     halves = [[(feats[4 * r : 4 * r + 4], labels[4 * r : 4 * r + 4]) for feats, labels in steps] for r in (0, 1)]
-    ranks = run_ranks(lambda rank: (probe_steps(halves[rank]), agreed_steps(halves[rank])))
+    ranks = run_ranks(lambda rank: (
+        probe_steps(halves[rank]), agreed_steps(halves[rank]), agreed_steps(halves[rank], own_step=True)
+    ))
     assert ranks[0] == ranks[1]
-    alone, agreed = ranks[0]
-    assert agreed == (alone, [1, 1, 0])
+    alone, agreed, own = ranks[0]
+    assert agreed == (alone, [1, 1, 0]) and own == (alone, [1, 1, 1])
     for a, b in zip(alone, probe_steps(steps), strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,6 +91,20 @@ def test_a_programs_workers_end_with_its_loader(clean: bool, monkeypatch: pytest
         next(iter(data.clean_loader(train=True) if clean else data.train_dataloader()))
     data.teardown("fit")
     assert not multiprocessing.active_children(), kept
+
+
+@pytest.mark.slow
+def test_a_program_that_keeps_an_iterator_to_its_end_ends() -> None:
+    """It closes when the interpreter is half gone and can start no thread."""
+    lines = (
+        "from solo.data import loaders; loaders._CLEAN_WORKERS_FROM = 0",
+        "from solo.data.config import DataConfig",
+        "from solo.data.module import DataModule",
+        "data = DataModule(DataConfig(dataset='fake', num_workers=1, train_size=64, engine='torchvision'), [], 8, 0)",
+        "kept = iter(data.clean_loader(train=True)); next(kept); print('bye')",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
 
 
 def test_a_worker_that_no_kill_ends_is_left_behind(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

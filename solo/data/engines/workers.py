@@ -3,7 +3,8 @@
 import errno
 import os
 import shutil
-import threading
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -135,14 +136,23 @@ def end_workers(iterator: Any) -> None:
     """End the workers of a DataLoader's iterator, those too that heed no request and no SIGTERM: Python would wait for them
     at the exit of a program. A command kills all that it has started when it ends.
     """
-    own = [worker for worker in getattr(iterator, "_workers", ()) if worker._parent_pid == os.getpid()]
-    if own and errors.command is None:
-        late = threading.Timer(_LEAVING, lambda: [worker.kill() for worker in own])
-        late.start()
-        with errors.deaf_to_children():
+    mine = [worker for worker in getattr(iterator, "_workers", ()) if worker._parent_pid == os.getpid()]
+    own = [worker for worker in mine if worker.is_alive()]
+    if not own or errors.command is not None:
+        return
+    with errors.deaf_to_children():
+        if not sys.is_finalizing():         # else there is neither a thread nor torch's own end any more
+            iterator._workers_done_event.set()
+            for queue in iterator._index_queues:
+                queue.put(None)
+            until = time.monotonic() + _LEAVING
+            for worker in own:
+                worker.join(max(0.0, until - time.monotonic()))
+        for worker in own:
+            worker.kill()
+        if not sys.is_finalizing():
             iterator._shutdown_workers()
-        late.cancel()
-        errors.end(own)
+    errors.end(own)
 
 
 def try_queues(workers: int) -> None:
