@@ -10,7 +10,7 @@ import pytest
 
 from solo.bench import processes
 from solo.data import check, pack, reads
-from solo.errors import reported
+from solo.errors import ConfigError, reported
 from solo.experiment import experiment
 from solo.run import pretrain
 from tests.data.common import folder, make_folder, module
@@ -168,3 +168,12 @@ def test_a_command_has_one_watcher_as_long_as_it_lasts_and_a_program_none() -> N
         (watcher,) = threads()
     watcher.join(10)
     assert not threads()
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0"])
+def test_a_command_watches_for_a_finite_time(seconds: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": 1})
+    with pytest.raises(ConfigError, match="^--timeout must be positive and finite"):
+        check.main([str(tmp_path), "--timeout", seconds])
+    with pytest.raises(ConfigError, match="^--timeout must be positive and finite"):
+        pack.main([str(tmp_path), str(tmp_path / "x.h5"), "--timeout", seconds])
