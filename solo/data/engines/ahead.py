@@ -1,10 +1,10 @@
 """Making what is needed next while what is there is used."""
 
 import atexit
-import queue
 import threading
 from collections.abc import Generator
-from contextlib import closing, suppress
+from contextlib import closing
+from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,48 +15,37 @@ def ahead(things: Generator[T, None, None], count: int, name: str) -> Generator[
 
     Leaving early, or an error on either side, joins it; so does the interpreter's exit. It closes ``things``.
     """
-    ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=count)
+    ready: SimpleQueue[T | BaseException | None] = SimpleQueue()
+    room: SimpleQueue[None] = SimpleQueue()         # of as many as may still be made
     stop = threading.Event()
-
-    def put(item: T | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def produce() -> None:
         try:
             with closing(things):
-                for thing in things:
-                    if not put(thing):
-                        return
-            put(None)
+                while room.get() is None and not stop.is_set():
+                    ready.put(next(things))
+        except StopIteration:
+            ready.put(None)
         except BaseException as error:  # handed to the consumer, which raises it
-            put(error)
+            ready.put(error)
 
     thread = threading.Thread(target=produce, name=name, daemon=True)
 
-    def make_room() -> None:
-        with suppress(queue.Empty):
-            ready.get_nowait()
-
     def close() -> None:
         stop.set()
-        make_room()  # for a producer that waits for some: it sees at once that it is to stop
+        room.put(None)      # for a producer that waits for some: it sees at once that it is to stop
         thread.join()
-        make_room()
-        with suppress(queue.Full):
-            ready.put_nowait(None)  # at exit, the consumer may be a thread that waits, and is joined next
+        ready.put(None)     # at exit, the consumer may be a thread that waits, and is joined next
 
+    for _ in range(count):
+        room.put(None)
     thread.start()
     atexit.register(close)  # the interpreter must not end under a running thread
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            room.put(None)
             yield item
     finally:
         close()
