@@ -28,6 +28,7 @@ def archived(tmp_path):
     return unpacked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", FORMATS)
 def test_each_format_is_continued_as_by_the_version_that_wrote_it(archived, tmp_path, number):
     """Not to the bit: torch's own arithmetic changes between its versions and processors."""

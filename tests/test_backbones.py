@@ -22,6 +22,7 @@ def maps(model, size):
     return sides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, config, expected", [
     (32, {}, [34, 34, 17, 9, 5]),                               # as published for CIFAR
     (32, {"name": "resnet50"}, [34, 34, 17, 9, 5]),

@@ -104,6 +104,7 @@ class Couples(SCE):
         return {**outputs, "loss": outputs["loss"] + outputs["feats"].mean(0).square().mean()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, found", [("SaysNone", "keys"), ("SaysStatistics", "keys"), ("SaysKeys", "none"),
                                          ("Couples", "statistics")])
 def test_a_wrong_declaration_is_refused_and_the_right_one_named(name, found):
@@ -134,6 +135,7 @@ def scaled(out, images):
     return out.detach() + (out - out.detach()) / (1 + images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place, name, defect, found", [
     (Teacher, "in_parts", torch.no_grad()(per_part), "loss of 3 images at a time, BatchNorms in training, differs"),
     (Teacher, "in_parts", lambda self, x, size: self(x), "loss of 3 images at a time, BatchNorms in training, differs"),
@@ -147,6 +149,7 @@ def test_a_defect_of_the_large_batch_mode_is_found(place, name, defect, found, m
         large_batch_mode_equals_one(Case("nnclr" if place is batching else "sce"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", STEPS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", ["Differs", "Couples"])
 def test_ranks_that_differ_are_found(check, name):
@@ -161,6 +164,7 @@ def test_four_ranks(check, name):
     check(Case(name), world=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, place, attribute, defect, found", [
     ("Strays", None, "", None, "on rank 0 and on rank 1: queue.keys differ"),
     ("simclr", module, "rank", lambda: 0, "step 1 took other images than one process takes"),

@@ -169,6 +169,7 @@ def test_wrong_input_is_one_clear_line(cli, tmp_path, arguments, monkeypatch):
     assert "Traceback" not in "\n".join(errors) and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -167,6 +167,7 @@ def test_dead_keys_are_named_in_a_line_each(theirs, caplog):
     assert names == ["data.format", "momentum.classifier", "scheduler.interval"] and all("\n" not in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_users_file_trains(theirs, method, tmp_path):
     loaded = config.load(theirs(method), [*ON_CPU, f"checkpoint.dir={tmp_path / 'trained_models'}"])

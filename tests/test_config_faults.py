@@ -77,6 +77,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("key", ["data.train_path", "checkpoint.dir", "+resume", "++data.val_path"])
 def test_any_path_can_be_typed(file, path, key):
@@ -93,6 +94,7 @@ def test_hydras_own_quotes_still_count(file, written, meant):
     assert config.load(file(), [f"extra.x={written}"])["extra"]["x"] == meant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["a=b", "with space", "größe", "it's", 'say "x"', "a;b"])
 def test_a_run_in_a_folder_of_any_name(folder, tmp_path, monkeypatch, capsys):
     """The config's folder, the run's folder and the folder of images."""

@@ -147,6 +147,7 @@ def test_another_optimizer_is_refused(by_sgd, tmp_path, optimizer):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_epochs_of_another_length_are_interrupted_like_any(by_sgd, tmp_path):
     """The place in the data is counted within the epoch, not from all batches there ever were."""
     shorter = {"limit_train_batches": 4}
@@ -156,6 +157,7 @@ def test_epochs_of_another_length_are_interrupted_like_any(by_sgd, tmp_path):
     assert [len(part.images) for part in parts] == [2, 3, 3]
 
 
+@pytest.mark.slow
 def test_steps_end_within_an_epoch_and_more_are_asked_for(tmp_path):
     """Lightning goes on in the epoch that ``max_steps`` ended; from there on a signal finds it in the right one, too."""
     whole = watched(**of_sgd(tmp_path / "whole", max_epochs=None, max_steps=24))

@@ -83,6 +83,7 @@ def run(command, words, monkeypatch):
             runpy.run_module(command, run_name="__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, words, code, said", WRONG, ids=[f"{row[0]} {row[1]}" for row in WRONG])
 def test_a_users_mistake_is_one_line(command, words, code, said, tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available() and ("accelerator=gpu" in words or "--gpus" in words):

@@ -136,6 +136,7 @@ def run_with(tmp_path, weights, **config):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_safetensors_hold_the_same_backbone_and_no_secrets(tmp_path, weights, caplog):
     caplog.set_level("INFO", "solo")
     others = {"data": {"train_path": "/home/me"}, "extra": {"note": "mine"}}

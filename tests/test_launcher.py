@@ -145,6 +145,7 @@ def test_a_child_ended_by_a_signal(scripts):
     assert launch.main([], scripts) == 128 + signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun(scripts):
     (scripts / "main_pretrain.py").write_text(
         "import os, pathlib\npathlib.Path(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\").touch()\n"
@@ -311,6 +312,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the task in /proc")
 @pytest.mark.parametrize(
     "number, scontrol",

@@ -253,6 +253,7 @@ def taken_over(lease):
     lease.symlink_to("elsewhere-7.0123abcd.99")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [taken_over, Path.unlink], ids=["another job trains", "another job has trained"])
 def test_a_job_that_wakes_up_after_it_was_taken_over_leaves_without_writing(tmp_path, change):
     content = values("nnclr", tmp_path, max_epochs=3, loggers=[])

@@ -203,6 +203,7 @@ def never(*arguments, **options):
     raise ConnectionError("refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["disk full", "down at the start", "down later"])
 def test_a_run_is_complete_without_its_loggers(fault, tmp_path, monkeypatch, caplog):
     quiet = pretrain(experiment(values("nnclr", tmp_path / "quiet", max_epochs=1)))

@@ -45,6 +45,7 @@ def test_what_is_drawn_at_random_is_the_same_both_times():
     assert torch.equal(network[0].weight.grad, parts[0].weight.grad)
 
 
+@pytest.mark.slow
 def test_memory_for_activations_is_that_of_a_part():
     network = build(SMALL, 3, 16)
 
@@ -69,6 +70,7 @@ def test_heads_and_smaller_batches_pass_whole(autocast):
     assert seen == [8, 3, 4, 4] and [len(out) for out in outputs] == [8, 3, 8]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_norms_do(tmp_path, caplog):
     caplog.set_level("INFO", "solo")
     result = pretrain(Case("simclr").experiment(tmp_path, micro_batch=2, max_epochs=1))

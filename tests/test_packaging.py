@@ -84,6 +84,7 @@ def test_nothing_slipped_into_the_repository():
     assert {line.split("/")[0] for line in listed.splitlines()} == TOP
 
 
+@pytest.mark.slow
 def test_pip_install_gives_an_importable_typed_package(tmp_path):
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("no setuptools to build with")

@@ -40,6 +40,7 @@ def test_equal_official(golden, size, dtype):
     assert_close(whole("raw", image) * 32, image.flatten(1))
 
 
+@pytest.mark.slow
 def test_no_block_holds_a_representation_and_none_outlives_the_next():
     """At 224 px, where raw pixels are 150,528 columns and scattering 762,048; beside the blocks only images are held."""
     images, largest, columns = torch.randn(2, 3, 224, 224), {}, {}

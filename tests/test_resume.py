@@ -110,6 +110,7 @@ def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
     assert_same(state(resumed), state(final))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resume_with_accumulation(accumulate, tmp_path, traced):
     content = values("all4one", tmp_path / "whole", accumulate_grad_batches=accumulate)

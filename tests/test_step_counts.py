@@ -53,6 +53,7 @@ def cifar(method, mode):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "most"), [("nnclr", 400), ("all4one", 1100)])
 def test_operations_of_a_step(method, most):
     step = cifar(method, "concat")
@@ -63,6 +64,7 @@ def test_operations_of_a_step(method, most):
     assert not waits.names and not seen.names["aten::_local_scalar_dense"]
 
 
+@pytest.mark.slow
 def test_the_bench_counts_the_same():
     found = {row.what: row.value for row in count("nnclr")}
     assert found["nnclr, concat: waits of a step"] == found["nnclr, separate: waits of a step"] == 0
@@ -103,6 +105,7 @@ def test_hooks_are_profiled_only_where_that_is_asked_for(tmp_path):
         assert type(run(Case("nnclr"), tmp_path, [], **asked)[0].profiler) is kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
 def test_a_run_waits_once_a_step_and_for_its_metrics_once_an_interval(method, tmp_path):
     """The one wait is for `FiniteGuard`, which lets no update happen on numbers that are not finite."""
@@ -124,6 +127,7 @@ def _two(_, folder, method):
     return [steps.between(step, step + 1) for step in range(19)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
 def test_collectives_of_a_step(method, tmp_path):
     """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Reduced: the
@@ -151,6 +155,7 @@ def test_what_an_image_costs_between_ranks_does_not_depend_on_their_number():
         assert found[f"gathered by a rank for an image of the global batch on {world} ranks"] == of_an_image
 
 
+@pytest.mark.slow
 def test_the_bench_finds_lars_in_few_operations_and_equal_to_that_of_one_tensor_after_the_other():
     operations, difference = lars()
     assert operations.value <= 40 < operations.peer_value and difference.value == 0

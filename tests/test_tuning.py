@@ -90,6 +90,7 @@ def scripted(monkeypatch, loss):
     return tuning.tuned(experiment(values("nnclr", "runs", auto_lr=True)), {"accelerator": "cpu", "devices": 1}, 1, tuned_build)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1e3, math.nan, math.inf])
 def test_a_rate_is_not_sought_where_the_loss_has_diverged(monkeypatch, after):
     """It falls a little at each rate, bursts at the 15th, and then comes down by far more."""
@@ -142,12 +143,8 @@ def test_what_a_search_depends_on_names_its_record(monkeypatch):
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("queue, fits, expected", [
-    (48, 40, 24),
-    pytest.param(32, 20, 16, marks=pytest.mark.slow),
-    pytest.param(48, 1000, 48, marks=pytest.mark.slow),
-    pytest.param(5040, 1000, 63, marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("queue, fits, expected", [(48, 40, 24), (32, 20, 16), (48, 1000, 48), (5040, 1000, 63)])
 def test_batch_is_the_largest_that_fits_and_divides(monkeypatch, queue, fits, expected):
     seen, losses = [], NNCLR.losses
 
@@ -171,6 +168,7 @@ def tuned_build(config):
     return build(config)
 
 
+@pytest.mark.slow
 def test_rates_grow_and_a_group_with_its_own_rate_keeps_it(monkeypatch):
     seen = []
 
@@ -212,6 +210,7 @@ def test_wrong_requests_train_nothing(place, monkeypatch, changes, error, messag
     assert not (place / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_in_a_search_is_one_line(place, monkeypatch, capsys, number):
     losses = NNCLR.losses

@@ -26,6 +26,7 @@ def job(source):
     return Job(source, [full_view(24), View(crop_size=16)], (0.5,) * 3, (0.2,) * 3, 1, DataConfig(dataset="fake"))
 
 
+@pytest.mark.slow
 def test_views_of_pixels():
     images = np.stack([picture(i, 32, 32) for i in range(64)])
     asked, samples = job(ArraySource(images, np.zeros(64), ["a"])), np.arange(300) % 64  # more than its batch
@@ -46,6 +47,7 @@ def test_views_and_crops_of_files(tmp_path):
         assert (tuple(view.shape), view.dtype, name) == (shape, kind, "DALI on the CPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["cpu", "all-cpu"])
 def test_views_and_crops_are_looked_at(stage, tmp_path):
     """Ours, made with other numbers, look alike in either form; brighter ones do not."""

@@ -34,6 +34,7 @@ def test_without_a_gpu_one_line_and_no_dry_run_among_the_results(subject, dry, m
         subject.main(["--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_every_kernel_stage_runs_once_and_is_kept(dry, capsys):
     gpu.main(["--device", "cpu", "--results", str(dry)])
     first = lines(dry)

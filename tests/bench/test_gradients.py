@@ -69,6 +69,7 @@ def test_the_script_that_draws_all_gradients(shared_data, tmp_path, gradients_sc
     assert list(found.values()) == pytest.approx([expected[key] for key in found], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_script_without_a_run(shared_data, tmp_path, gradients_script, monkeypatch):
     """One formula and a teacher that equals its network: SimSiam is BYOL."""
     monkeypatch.setenv("SOLO_SHARED", str(shared_data("cifar10-jpeg.npz").parents[1]))

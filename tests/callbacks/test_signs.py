@@ -84,6 +84,7 @@ def searches_its_own_batch(method):
 MOMENTUM_0, MOMENTUM_1 = {"base_tau": 0.0, "final_tau": 0.0}, {"base_tau": 1.0, "final_tau": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "change", "changes", "words"),
     [
@@ -117,6 +118,7 @@ def a_second_of_each(method):
     second["full"].lookup = lookup, lookup
 
 
+@pytest.mark.slow
 def test_each_teacher_and_each_queue_is_measured_and_named(tmp_path, caplog):
     """Whichever comes last: the method's own, which learn, say nothing."""
     for first in (False, True):
@@ -140,6 +142,7 @@ def test_each_teacher_and_each_queue_is_measured_and_named(tmp_path, caplog):
             ("own_neighbours", "full"), ("tau", "teacher"), ("tau", "still"))} <= columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnclr", "all4one", "sce", "simclr"])
 def test_a_method_as_it_is_shows_none(tmp_path, caplog, method):
     train(tmp_path, method, health={**HEALTH, "plateau": 0.001})
@@ -178,6 +181,7 @@ class Damaged(pl.Callback):
         pl_module.losses = larger
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_told_with_step_and_factor(tmp_path, caplog):
     config = experiment(tiny("nnclr", tmp_path, health={"every": 4}, max_epochs=4, loggers=[], accumulate_grad_batches=2))
     pretrain(config, [Damaged(14)])

@@ -94,6 +94,7 @@ def levels(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     return {name: (255 * (a - b).abs()).numpy() for name, a, b in zip(names, quick, slow, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_are_the_references(name: str, levels: dict[str, np.ndarray]) -> None:
     different = levels[name] > 0.01
@@ -119,6 +120,7 @@ def test_real_photographs(shared_data: Callable[[str], Path]) -> None:
     assert found.median() < 1.7e-3 and (found > 1).float().mean() < 2.4e-3
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_references(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number of every image and view, as each engine hands it on."""
     given: dict[str, list[Params]] = {"dali": [], "torchvision": []}

@@ -123,6 +123,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS)
 def test_every_checkpoint_continues_exactly(flags: str, tmp_path: Path) -> None:
     whole, saver, trainer = run(tmp_path / "whole", **FLAGS[flags])

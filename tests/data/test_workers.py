@@ -176,6 +176,7 @@ def test_too_many_open_files_is_said_in_one_line(where: str, monkeypatch: pytest
     data.teardown("fit")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EAGAIN], ids=["semaphores", "a process"])
 @pytest.mark.parametrize("kind", ["training", "clean"])
@@ -215,6 +216,7 @@ def no_descriptor(tensor: torch.Tensor) -> None:
     raise RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")
 
 
+@pytest.mark.slow
 def test_open_files_do_not_grow_over_epochs() -> None:
     data = module(8, dataset="fake", engine="torchvision", num_workers=1)
     loader, counts = data.train_dataloader(), []

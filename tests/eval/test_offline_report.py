@@ -75,6 +75,7 @@ def data():
     return DataModule(DataConfig(**FAKE), views, 16, 5)
 
 
+@pytest.mark.slow
 def test_report(tmp_path, data, capsys):
     run = make_run(tmp_path)
     source = export.load(run)
@@ -129,6 +130,7 @@ def run_on(images, tmp_path):
     main(content)
 
 
+@pytest.mark.slow
 def test_damaged_images_do_not_end_a_finished_run(tmp_path, caplog):
     paths = make_folder(tmp_path / "images" / "train", {"a": 80, "b": 80}, size=(16, 16))
     make_folder(tmp_path / "images" / "val", {"a": 8, "b": 8}, size=(16, 16), start=500)

@@ -280,6 +280,7 @@ def test_every_image_passes_the_backbone_once(tmp_path, monkeypatch):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_is_recorded(tmp_path, capsys, caplog):
     run, folder = make_run(tmp_path / "run"), make_voc(tmp_path / "voc", {"train": 150, "val": 30, "test": 40})
     (folder / "JPEGImages" / "000007.jpg").write_bytes(b"no image")
@@ -300,6 +301,7 @@ def test_evaluation_is_recorded(tmp_path, capsys, caplog):
     assert rows == evaluate_voc({"checkpoint": str(run), "root": str(folder), **QUICK})  # twice the same
 
 
+@pytest.mark.slow
 def test_difficult_objects(tmp_path):
     run, folder = make_run(tmp_path / "run"), make_voc(tmp_path / "voc")
     for i in range(42, 50):

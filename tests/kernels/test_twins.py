@@ -123,6 +123,7 @@ def test_absent_triton_means_the_twin(monkeypatch):
     assert neighbours(rows(2).float(), rows(5).float(), 1).shape == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_cpu_run_never_imports_triton():
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"

@@ -48,6 +48,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "CPU", (64, 1024))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
 def test_memory_is_linear_in_the_batch(name):
     once, twice = (peak_bytes(WORK[name](n, 40000)) for n in (1024, 2048))

@@ -87,11 +87,9 @@ def neighbours(monkeypatch):
     monkeypatch.setattr(torch, "randperm", beside)
 
 
-SLOW = ("ranks_equal_one", "ranks_accumulate", "bfloat16_is_close")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("form", CONSTANTS)
-@pytest.mark.parametrize("check", ["micro_batches_equal_one", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("check", ["micro_batches_equal_one", "ranks_equal_one", "ranks_accumulate", "bfloat16_is_close"])
 def test_cutmix_keeps_the_contract_in_every_form(form, check, neighbours):
     CHECK[check](case(form, cutmix=1.0))
 

@@ -101,9 +101,9 @@ def test_two_ranks_fill_the_queue_view_by_view(golden, dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("check", [
     checks.every_parameter_learns,
-    invariance.declares_what_it_gathers,
-    invariance.micro_batches_equal_one,
-    invariance.ranks_equal_one,
+    pytest.param(invariance.declares_what_it_gathers, marks=pytest.mark.slow),
+    pytest.param(invariance.micro_batches_equal_one, marks=pytest.mark.slow),
+    pytest.param(invariance.ranks_equal_one, marks=pytest.mark.slow),
     pytest.param(invariance.ranks_normalise_alone, marks=pytest.mark.slow),
     pytest.param(invariance.ranks_accumulate, marks=pytest.mark.slow),
     checks.teachers_are_constant,
