@@ -6,8 +6,8 @@ from solo.methods import METHODS
 from solo.testing import CHECKS, Case
 
 SLOW = {
-    "large_batch_mode_equals_one", "ranks_share_uneven_images", "ranks_accumulate", "ranks_normalise_alone", "overfits_one_batch",
-    "resumes_exactly", "bfloat16_is_close",
+    "large_batch_mode_equals_one", "ranks_share_uneven_images", "ranks_accumulate", "ranks_normalise_alone",
+    "overfits_one_batch", "resumes_exactly", "bfloat16_is_close",
 }
 CASES = [pytest.param(check, marks=pytest.mark.slow if check.__name__ in SLOW else (), id=check.__name__) for check in CHECKS]
 

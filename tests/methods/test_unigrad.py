@@ -22,8 +22,10 @@ from tests.methods.test_golden import Features, Targets
 
 CHECK = {check.__name__: check for check in CHECKS}
 FAST = ("every_parameter_learns", "state_is_whole")
-SLOW = ("ranks_equal_one", "declares_what_it_gathers", "micro_batches_equal_one", "ranks_normalise_alone", "ranks_accumulate", "trains", "teachers_and_queues_advance_once_per_step", "bfloat16_is_close",
-        "resumes_exactly")
+SLOW = (
+    "ranks_equal_one", "declares_what_it_gathers", "micro_batches_equal_one", "ranks_normalise_alone", "ranks_accumulate",
+    "trains", "teachers_and_queues_advance_once_per_step", "bfloat16_is_close", "resumes_exactly",
+)
 COMBINATIONS = [(form, teacher) for form in CONSTANTS for teacher in (True, False)]
 COMBINATIONS.remove(("unigrad", True))                      # test_contract.py has it, with every check
 
