@@ -21,6 +21,7 @@ from torch import Tensor
 from solo.errors import ConfigError, EnvironmentFault, NumericsError
 from solo.files import digest, sweep, write_file
 from solo.lease import still_own
+from solo.names import checkpoints_near, few, there
 from solo.reading import parse_json, read_json, read_tensors
 
 log = logging.getLogger(__name__)
@@ -277,18 +278,19 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    name = re.compile(re.escape(path.name) + "-[0-9a-f]{8}")
-    runs = sorted(run for run in path.parent.glob("*") if name.fullmatch(run.name))
-    if not path.exists() and len(runs) > 1:
-        raise ConfigError(f"{key}={path} could be {', '.join(map(str, runs))}: name one")
-    path = runs[0] if not path.exists() and runs else path
+    near = checkpoints_near(path)
+    if not path.exists():
+        name = re.compile(re.escape(str(path)) + "-[0-9a-f]{8}")
+        runs = [run for run in near if name.fullmatch(str(run))]
+        if len(runs) > 1:
+            raise ConfigError(f"{key}={path} could be {few(runs)}: name one")
+        path = runs[0] if runs else path
     if path.is_dir():
         for folder in (path / "checkpoints", path):
             if found := newest(folder):
                 return found
-        raise ConfigError(f"{key}={path} holds no checkpoint")
-    near = sorted(str(other) for other in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-    raise ConfigError(f"{key}={path} does not exist" + (f" (there: {', '.join(near)})" if near else ""))
+    problem = "holds no checkpoint itself" if path.is_dir() else "does not exist"
+    raise ConfigError(f"{key}={path} {problem}{there(near)}")
 
 
 def read(path: str | Path, verified: bool = False) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """What somebody who mistyped a name most likely meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os.path import commonprefix
+from pathlib import Path
+
+_FEW = 3        # names that a line has room for
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -19,3 +22,26 @@ def one_slip(typed: str, meant: str) -> bool:
     typed, meant = typed[same:], meant[same:]
     swapped = typed[:2] == meant[1::-1] and typed[2:] == meant[2:]
     return typed == meant[1:] or typed[1:] == meant or typed[1:] == meant[1:] or swapped
+
+
+def few(names: Sequence[object]) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(map(str, names[:_FEW])) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
+
+
+def there(names: Sequence[object]) -> str:
+    """What an error adds where there are names to choose from."""
+    return f" (there: {few(names)})" if names else ""
+
+
+def checkpoints_near(path: Path) -> list[Path]:
+    """Other checkpoints and the runs in the nearest folder there is, or in the one around it; the newest first."""
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
+    return _checkpoints_in(folder, path) or _checkpoints_in(folder.parent, path)
+
+
+def _checkpoints_in(folder: Path, but: Path) -> list[Path]:
+    files = {file: file for file in folder.glob("*.ckpt") if file != but}
+    files |= {file.parent.parent: file for file in sorted(folder.glob("*/checkpoints/*.ckpt"))}
+    ages = {name: (file.stat().st_mtime, name) for name, file in files.items() if file.is_file()}
+    return sorted(ages, key=ages.__getitem__, reverse=True)

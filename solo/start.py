@@ -26,6 +26,7 @@ from solo.files import sweep, try_folder, write_link
 from solo.kernels.dispatch import runner
 from solo.lease import owning
 from solo.methods import Method
+from solo.names import checkpoints_near, there
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
 _WEIGHTS = "the initial weights"
@@ -230,7 +231,10 @@ def _choose(config: Experiment, run_dir: Path) -> tuple[Path | None, dict[str, A
         return None, {}
     entries = checkpoint.manifest(folder) if own is not None else []
     if own is None or asked.resolve() not in {(folder / entry.file).resolve() for entry in entries}:
-        given = checkpoint.read(asked)
+        try:
+            given = checkpoint.read(asked)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{there(checkpoints_near(asked))}") from error
         if own is None or given["global_step"] > entries[-1].step:
             return asked, given
         del given                       # it may be large, and so is the one that is read next

@@ -141,6 +141,11 @@ def other_batch(world):
     world.train(optimizer={"batch_size": 4}, resume=str(world.saved))
 
 
+@fault("B14", 2, r"config.json cannot be loaded as tensors and plain values: .* \(there: \S+/last.ckpt\)")
+def no_checkpoint(world):
+    world.train(resume=str(world.saved / "config.json"))
+
+
 @fault("B15", 2, r"was written by method 'nnclr', but method=all4one")
 def other_method(world):
     world.train(method="all4one", resume=str(world.saved))
