@@ -214,14 +214,16 @@ def _build(name: str, groups: list[dict[str, Any]], lr: float, weight_decay: flo
     return optimizer(groups, lr=lr, weight_decay=weight_decay, **{**default, **kwargs})
 
 
-def states_per_parameter(config: OptimizerConfig) -> int:
-    """How many tensors of its size the optimizer keeps for each parameter: SGD's momentum is one, Adam's moments two."""
+def states_per_parameter(config: OptimizerConfig) -> tuple[int, int]:
+    """How many tensors the optimizer keeps for each parameter: of its size, as Adam's two moments, and others, as its step."""
     kwargs = {key: value for key, value in config.kwargs.items() if key not in ("capturable", "fused")}     # of a GPU's step
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     optimizer = build(replace(config, kwargs=kwargs), [{"params": [parameter]}])
     optimizer.step()
-    return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in optimizer.state[parameter].values())
+    kept = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    of_its_size = sum(value.shape == parameter.shape for value in kept)
+    return of_its_size, len(kept) - of_its_size
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:

@@ -29,6 +29,8 @@ from solo.methods import Method
 from solo.names import checkpoints_near, there
 
 _PATIENCE = 120.0       # seconds a shared file system may take to show a file to the other ranks
+_DESCRIBED = 264        # bytes that a file of torch.save holds of a tensor besides its numbers: name, place and checksum
+_REST = 10_000          # bytes of the config, of loops and of callbacks
 _WEIGHTS = "the initial weights"
 # What it keeps of a parameter, and where, depends on these.
 _OF_THE_OPTIMIZERS_STATE = ("optimizer.name", *(f"optimizer.kwargs.{key}" for key in ("amsgrad", "fused", "capturable")))
@@ -244,10 +246,12 @@ def _choose(config: Experiment, run_dir: Path) -> tuple[Path | None, dict[str, A
 
 
 def _estimate(config: Experiment, method: Method) -> int:
-    """Bytes of a checkpoint's tensors."""
+    """Bytes of a checkpoint: its tensors, what describes each of them, and the rest."""
     trained = [p for p in method.parameters() if p.requires_grad]
-    tensors = [*method.state_dict().values(), *trained * optim.states_per_parameter(config.optimizer)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    states, others = optim.states_per_parameter(config.optimizer)
+    tensors = [*method.state_dict().values(), *trained * states]
+    described = len(tensors) + len(trained) * others
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _DESCRIBED * described + _REST
 
 
 def _check_room(config: Experiment, run_dir: Path, method: Method, path: Path | None, trainer: pl.Trainer) -> None:

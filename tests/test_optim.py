@@ -345,8 +345,8 @@ def test_a_loaded_state_steps_on():
 
 
 @pytest.mark.parametrize(("optimizer", "kwargs", "states"), [
-    ("lars", {}, 1), ("larc", {}, 1), ("larc", {"momentum": 0.0}, 0), ("sgd", {}, 1), ("adam", {}, 2), ("adamw", {}, 2),
-    ("adamw", {"amsgrad": True}, 3), ("adamw", {"capturable": True}, 2),
+    ("lars", {}, (1, 0)), ("larc", {}, (1, 0)), ("larc", {"momentum": 0.0}, (0, 0)), ("sgd", {}, (1, 0)), ("adam", {}, (2, 1)),
+    ("adamw", {}, (2, 1)), ("adamw", {"amsgrad": True}, (3, 1)), ("adamw", {"capturable": True}, (2, 1)),
 ])
 def test_what_an_optimizer_keeps_of_each_parameter(optimizer, kwargs, states):
     assert states_per_parameter(OptimizerConfig(name=optimizer, kwargs=kwargs)) == states
