@@ -1,8 +1,12 @@
-"""Every single-letter slip in every key of every shipped config is refused, and nearly always with the right key offered."""
+"""Every single-letter slip in every key of every shipped config, and of every method, is refused, and nearly always with the
+right key offered."""
 
 import copy
+import dataclasses
+import functools
 import re
 import string
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from solo.errors import ConfigError
 from solo.eval.offline import KNNEvaluation
 from solo.eval.protocol import _bound
 from solo.eval.umap import UMAPEvaluation
-from solo.experiment import TRAINER_ARGUMENTS, experiment
+from solo.experiment import TRAINER_ARGUMENTS, experiment, schema_of
 from solo.methods import METHODS
 from solo.names import nearest, one_slip
 from solo.representations import REPRESENTATIONS
@@ -115,11 +119,35 @@ def judged(letters):
                 yield typed, place[-1], "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, {place: typed}))
 
 
+def schemas(schema, path=()):
+    """Paths of a dataclass and of those that its keys may hold."""
+    yield path, schema
+    for name, hint in get_type_hints(schema).items():
+        for kind in filter(dataclasses.is_dataclass, (hint, *get_args(hint))):
+            yield from schemas(kind, (*path, name))
+
+
+def judged_by_methods(letters):
+    """The same for each key of each method's own schema, given to that method."""
+    for method in METHODS:
+        for path, schema in schemas(schema_of(method)):
+            keys = {field.name for field in dataclasses.fields(schema)}
+            for meant in keys:
+                for typed in sorted({*slips(meant, letters)} - keys):
+                    given = functools.reduce(lambda block, key: {key: block}, reversed(path), {typed: 1.0})
+                    try:
+                        bind(schema_of(method), given, "method_kwargs")
+                        yield typed, meant, None
+                    except ConfigError as error:
+                        yield typed, meant, str(error)
+
+
 @pytest.mark.parametrize("letters", ["e", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
-def test_every_slip(letters):
-    found = list(judged(letters))
+@pytest.mark.parametrize("judge_all, least", [(judged, 5_000), (judged_by_methods, 3_000)], ids=["configs", "methods"])
+def test_every_slip(judge_all, least, letters):
+    found = list(judge_all(letters))
     taken = [(typed, meant) for typed, meant, said in found if said is None]
-    assert len(found) > 5_000 and not taken, taken[:10]
+    assert len(found) > least and not taken, taken[:10]
     right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
     print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
     assert sum(right) >= 0.95 * len(right)
