@@ -15,7 +15,7 @@ from rich.table import Table
 
 from solo.config import load, plain
 from solo.console import quiet_libraries
-from solo.errors import ConfigError, Parser, reported
+from solo.errors import ConfigError, Parser, SoloError, reported
 from solo.experiment import experiment
 from solo.testing.case import SIZES, Case
 from solo.testing.certificate import Row, certificate
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 where every check holds, else 1.
 
     Raises:
-        ConfigError: no such method, a recipe of another one, fewer than 2 ranks.
+        ConfigError: no such method, one that cannot be built, a recipe of another one, fewer than 2 ranks.
     """
     parser = Parser(prog="python -m solo.certify", description=__doc__)
     parser.add_argument("method", metavar="METHOD", help="a name, or module:Class")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, "")                      # a plugin beside us
     torch.set_num_threads(1)
     case = Case(options.method, **(_recipe(options.method, options.config) if options.config else {}))
-    case.build()                                # a wrong name or value is one line, now
+    _build(case)
     logging.getLogger("solo").setLevel(logging.ERROR)       # what the small runs have to say
     rows = []
     with Console(stderr=True).status("training") as status, redirect_stdout(StringIO()):
@@ -51,6 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             status.update(f"{row.check}: {row.result}")
     print_markdown(options.method, rows) if options.markdown else print_table(options.method, rows)
     return 1 if any(row.problem for row in rows) else 0
+
+
+def _build(case: Case) -> None:
+    """What is wrong with a name, a value or the method's own ``__init__`` is one line, before any check."""
+    try:
+        case.build()
+    except SoloError:
+        raise
+    except Exception as error:                  # a plugin's, of any kind
+        kind = case.method.rpartition(":")[2]
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{case.method} cannot be built as {kind}(backbone, config): {problem} (--debug: where)") from error
 
 
 def _recipe(method: str, path: str) -> dict[str, Any]:

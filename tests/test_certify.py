@@ -9,7 +9,7 @@ from torch import nn
 from solo import batching, certify
 from solo.data import module
 from solo.dist import rank
-from solo.errors import ConfigError
+from solo.errors import ConfigError, reported
 from solo.methods import METHODS, NNCLR, SCE
 from solo.methods.unigrad import CONSTANTS
 from solo.nn import Teacher
@@ -85,6 +85,21 @@ class Differs(NNCLR):
     def losses(self, batch):
         outputs = super().losses(batch)
         return {**outputs, "loss": outputs["loss"] * (1 - 1e-6 * rank())}
+
+
+class Alone(NNCLR):
+    """It takes no config."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone, NNCLR.Config())
+
+
+class Asks(NNCLR):
+    """It asks its config for what that has not, in several lines."""
+
+    def __init__(self, backbone, config):
+        super().__init__(backbone, config)
+        raise ValueError(f"no neighbours\n  in {len(self.queue.keys)} keys")
 
 
 class Strays(NNCLR):
@@ -250,3 +265,19 @@ def test_mistakes_are_one_line(words, line, rows):
     with pytest.raises(ConfigError, match=line) as caught:
         certify.main(words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("Alone", r"Alone(backbone, config): TypeError: Alone.__init__() takes 2 positional arguments but 3 were given"),
+    ("Asks", r"Asks(backbone, config): ValueError: no neighbours in 32 keys"),
+])
+def test_a_method_that_cannot_be_built_is_one_line_and_with_debug_a_traceback(name, said, rows, capsys, monkeypatch):
+    monkeypatch.delenv("SOLO_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as left, reported():
+        certify.main([HERE + name])
+    line = f"config error: {HERE}{name} cannot be built as {said} (--debug: where)\n"
+    assert left.value.code == 2 and capsys.readouterr().err == line and not rows[1]
+    monkeypatch.setenv("SOLO_DEBUG", "1")
+    with pytest.raises(ConfigError) as kept, reported():
+        certify.main([HERE + name])
+    assert isinstance(kept.value.__cause__, (TypeError, ValueError))
