@@ -8,7 +8,7 @@ from torch import nn
 
 from solo import batching, certify
 from solo.data import module
-from solo.dist import rank
+from solo.dist import rank, world_size
 from solo.errors import ConfigError, reported
 from solo.methods import METHODS, NNCLR, SCE
 from solo.methods.unigrad import CONSTANTS
@@ -85,6 +85,29 @@ class Differs(NNCLR):
     def losses(self, batch):
         outputs = super().losses(batch)
         return {**outputs, "loss": outputs["loss"] * (1 - 1e-6 * rank())}
+
+
+class Warms(NNCLR):
+    """Its loss follows a schedule that counts each process's images apart: as others' at the start of a run only."""
+
+    def losses(self, batch):
+        outputs = super().losses(batch)
+        return {**outputs, "loss": outputs["loss"] * (1 + self.progress / world_size())}
+
+
+class Lags(SCE):
+    """So does its teacher."""
+
+    def after_step(self, progress):
+        return super().after_step(progress / world_size())
+
+
+class Hastens(NNCLR):
+    """So does its learning rate."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self._total_steps *= world_size()
 
 
 class Alone(NNCLR):
@@ -169,6 +192,19 @@ def test_a_defect_of_the_large_batch_mode_is_found(place, name, defect, found, m
 @pytest.mark.parametrize("name", ["Differs", "Couples"])
 def test_ranks_that_differ_are_found(check, name):
     with pytest.raises(AssertionError, match="on rank 0 of 2 differs"):
+        check(Case(HERE + name))
+
+
+@pytest.mark.parametrize("check, name, found", [
+    (ranks_equal_one, "Warms", "loss on rank 0 of 2 differs"),
+    (ranks_normalise_alone, "Warms", "loss on rank 0 of 2 differs"),
+    (ranks_equal_one, "Lags", "after the step, tau on rank 0 of 2 differs"),
+    (ranks_normalise_alone, "Lags", "after the step, tau on rank 0 of 2 differs"),
+    (ranks_share_uneven_images, "Hastens", "on rank 0 the learning rate of step 2 is .*, due is 0.0351562; "),
+])
+def test_schedules_that_differ_behind_the_start_of_a_run_are_found(check, name, found):
+    """The middle of a run is in the one check, its end in the other, its learning rates in that of a whole run."""
+    with pytest.raises(AssertionError, match=found):
         check(Case(HERE + name))
 
 

@@ -73,6 +73,7 @@ class Method(pl.LightningModule):
         self.feats = torch.empty(0)
         self.stepped: dict[str, float] = {}
         self._total_steps = 0           # none outside a run
+        self._outside = 0.0             # progress there
         self._checked = False
 
     @property
@@ -105,8 +106,12 @@ class Method(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Share of the run's optimizer steps that are done, 0..1."""
-        return self.trainer.global_step / self._total_steps if self._total_steps else 0.0
+        """Share of the run's optimizer steps that are done, 0..1; outside a run 0, or what it is set to."""
+        return self.trainer.global_step / self._total_steps if self._total_steps else self._outside
+
+    @progress.setter
+    def progress(self, share: float) -> None:
+        self._outside = share
 
     def check(self, global_batch: int, crop_sizes: Sequence[int]) -> None:
         """Refuse what cannot train.

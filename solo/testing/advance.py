@@ -29,6 +29,19 @@ def advances_once_per_step(case: Case, **changes: Any) -> None:
     require(watcher.steps == 4, f"8 batches, 2 to a step, made {watcher.steps} optimizer steps")
 
 
+def wrong_rate(method: Any, step: int, total: int, per_epoch: int, batch_size: int) -> list[str]:
+    """What is wrong with the learning rate that groups with a schedule have in this optimizer step, from 0; mostly nothing.
+
+    Args:
+        total, per_epoch: optimizer steps.
+        batch_size: images of one, over all processes.
+    """
+    due = learning_rate(method.scheduler_config, step, total, per_epoch, scaled_lr(method.optimizer_config.lr, batch_size))
+    rates = {group["lr"] for group in method._groups() if group["schedule"]}
+    right = any(math.isclose(rate, due, rel_tol=1e-9, abs_tol=1e-12) for rate in rates)
+    return [] if right else [f"the learning rate of step {step + 1} is {sorted(rates)}, due is {due:g}"]
+
+
 class _Watcher(pl.Callback):
     """Compares every teacher and queue before and after each batch with what one step must do to them."""
 
@@ -61,17 +74,11 @@ class _Watcher(pl.Callback):
             if not all(torch.equal(value, memory[key]) for key, value in before.items() if isinstance(value, Tensor)):
                 self.problems.append(f"{name} moved between the micro-batches of step {trainer.global_step + 1}")
         if stepped:
-            self._check_rate(trainer, pl_module)
+            total, per_epoch = int(trainer.estimated_stepping_batches), int(trainer.num_training_batches) // 2
+            batch_size = 2 * pl_module.optimizer_config.batch_size
+            self.problems += wrong_rate(pl_module, self.steps, total, per_epoch, batch_size)
             self.steps += 1
             self._labels.clear()
-
-    def _check_rate(self, trainer: pl.Trainer, method: Any) -> None:
-        total, per_epoch = int(trainer.estimated_stepping_batches), trainer.num_training_batches // 2
-        lr = scaled_lr(method.optimizer_config.lr, 2 * method.optimizer_config.batch_size)
-        due = learning_rate(method.scheduler_config, self.steps, total, int(per_epoch), lr)
-        rates = {group["lr"] for group in trainer.optimizers[0].param_groups if group["schedule"]}
-        if not any(math.isclose(rate, due, rel_tol=1e-9) for rate in rates):
-            self.problems.append(f"the learning rate of step {self.steps + 1} is {sorted(rates)}, due is {due:g}")
 
     def _check_rows(self, where: str, found: Tensor, stepped: bool) -> None:
         labels = torch.cat(self._labels).sort().values if stepped else torch.empty(0, dtype=torch.long)

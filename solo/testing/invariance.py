@@ -59,8 +59,9 @@ def ranks_equal_one(case: Case, world: int = 2) -> Measured:
 
     BatchNorm and dropout are in eval mode. Of the terms in ``Method.local_terms``, which are no part of that loss, loss
     and gradients are the mean of what one process makes of each part.
+    The step is one in the middle of a run, as every schedule has it; the next two checks take the last and the first.
     """
-    return _ranks_equal(case, [_images(case, 4 * world)], world, per_rank_statistics=False)
+    return _ranks_equal(case, [_images(case, 4 * world)], world, per_rank_statistics=False, progress=0.5)
 
 
 def ranks_normalise_alone(case: Case, world: int = 2) -> Measured:
@@ -68,13 +69,13 @@ def ranks_normalise_alone(case: Case, world: int = 2) -> Measured:
 
     The one process to compare with has all rows in its loss, and normalises them by groups of one process's images.
     """
-    return _ranks_equal(case, [_images(case, 8 * world)], world, per_rank_statistics=True)
+    return _ranks_equal(case, [_images(case, 8 * world)], world, per_rank_statistics=True, progress=1.0)
 
 
 def ranks_accumulate(case: Case, world: int = 2) -> Measured:
     """Processes with two micro-batches each: one process with two micro-batches of all processes' images."""
     whole = _images(case, 8 * world)
-    return _ranks_equal(case, [_part(whole, i, 2) for i in range(2)], world, per_rank_statistics=False)
+    return _ranks_equal(case, [_part(whole, i, 2) for i in range(2)], world, per_rank_statistics=False, progress=0.0)
 
 
 def micro_batches_equal_one(case: Case) -> Measured:
@@ -173,13 +174,18 @@ def _step(model: Method, micro_batches: Sequence[Batch], rank: int = 0, world: i
         derived = _derived(model, shared) | {f"{name} (local)": value for name, value in _derived(model, local).items()}
         values = {name: values.get(name, 0) + value / len(micro_batches) for name, value in derived.items()}
     within(before, _states(model), "between two micro-batches", 0.0)
-    model.after_step(0.0)
-    return values | {f"after the step, {name}": value for name, value in _states(model).items()}
+    reported = {name: torch.tensor(value, dtype=torch.float64) for name, value in model.after_step(model.progress).items()}
+    return values | {f"after the step, {name}": value for name, value in (reported | _states(model)).items()}
 
 
-def _model(case: Case, normalised: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Method:
-    """The method in eval mode, or with BatchNorms in training that normalise as this says, given each and its rows."""
+def _model(case: Case, normalised: Callable[[nn.Module, Tensor], Tensor] | None = None, progress: float = 0.0) -> Method:
+    """The method in eval mode, or with BatchNorms in training that normalise as this says, given each and its rows.
+
+    Args:
+        progress: where in a run it is.
+    """
     model = case.build().double().eval()
+    model.progress = progress
     with torch.no_grad():
         torch._foreach_mul_([p for p in model.parameters() if p.requires_grad], 1.1)            # teachers are not there yet
     if normalised is not None:
@@ -251,15 +257,19 @@ def _in_any_order(case: Case, values: Values) -> Values:
 # --- over ranks ----------------------------------------------------------------------------------------------------------
 
 
-def _ranks_equal(case: Case, micro_batches: Sequence[Batch], world: int, per_rank_statistics: bool) -> Measured:
+def _ranks_equal(
+    case: Case, micro_batches: Sequence[Batch], world: int, per_rank_statistics: bool, progress: float
+) -> Measured:
     images = len(micro_batches[0].labels)
     own = _by_process(images // world, 1) if per_rank_statistics else None
-    expected = _step(_model(case, _by_process(images, world) if per_rank_statistics else None), micro_batches)
-    alone = [_step(_model(case, own), micro_batches, rank, world) for rank in range(world)]
+    together = _by_process(images, world) if per_rank_statistics else None
+    expected = _step(_model(case, together, progress), micro_batches)
+    alone = [_step(_model(case, own, progress), micro_batches, rank, world) for rank in range(world)]
     local = [name for name in expected if name.endswith("(local)")]
     expected |= {name: torch.stack([part[name] for part in alone]).mean(0) for name in local}
     measured = Measured(0.0, _BOUND)
-    for rank, found in enumerate(run_ranks(lambda rank: _on_rank(_model(case, own), micro_batches, rank, world), world=world)):
+    ranks = run_ranks(lambda rank: _on_rank(_model(case, own, progress), micro_batches, rank, world), world=world)
+    for rank, found in enumerate(ranks):
         tensors = {name: torch.from_numpy(value) for name, value in found.items()}
         measured = max(measured, within(expected, tensors, f"on rank {rank} of {world}", _BOUND))
     return measured
