@@ -145,9 +145,15 @@ class Experiment:
         return Path(self.checkpoint.dir) / f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def changes(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys that change what is learned or its rounding and differ from another config: (its value, this one's)."""
-        theirs, own = flat(_learned(other, _ROUNDING)), flat(_learned(self.record(), _ROUNDING))
-        return {key: (theirs.get(key), own.get(key)) for key in sorted({*theirs, *own}) if theirs.get(key) != own.get(key)}
+        """Keys that change what is learned or its rounding and differ from another config: (its value, this one's).
+
+        Neither is shown with its secrets; where the other config has them, as older records do, they are compared.
+        """
+        theirs, shown, own, record = (
+            flat(_learned(content, _ROUNDING)) for content in (other, redacted(other), self.to_json(), self.record())
+        )
+        changed = (key for key in sorted({*theirs, *own}) if theirs.get(key) not in (own.get(key), record.get(key)))
+        return {key: (shown.get(key), record.get(key)) for key in changed}
 
     @property
     def title(self) -> str:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private|wandb|auth)_?key", re.IGNORECASE)
+_KEYS = "secret|passw|credential|(api|access|private|wandb|auth)_?key"
+_SECRET = re.compile(f"token|{_KEYS}", re.IGNORECASE)
+_SECRET_NUMBER = re.compile(rf"token(\.|$)|{_KEYS}", re.IGNORECASE)       # num_tokens is a count
 _IN_ADDRESS = re.compile(r"(:/{1,2})[^/\s]+(?=@)")       # user and password, or a token, of https://user:password@host
 _SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
 _from_environment: dict[str, str] = {}  # value -> how the config names it
@@ -17,13 +19,18 @@ def remember(value: str, variable: str) -> None:
         _from_environment[value] = "${oc.env:" + variable + "}"
 
 
-def redacted(content: Any, environment: bool = True) -> Any:
-    """Plain values without secrets: a text under a key that is called like one is hidden, and so is who an address is asked
-    as; where asked for, a text out of the ``environment`` becomes the ``${oc.env:...}`` it was written as."""
+def redacted(content: Any, environment: bool = True, key: str = "") -> Any:
+    """Plain values without secrets: a text or a number under a key that is called like one is hidden, in lists and blocks
+    too, and so is who an address is asked as; where asked for, a text out of the ``environment`` becomes the
+    ``${oc.env:...}`` it was written as. ``key``: what it stands under, dotted."""
     if isinstance(content, dict):
-        return {key: HIDDEN if _hides(key, value) else redacted(value, environment) for key, value in content.items()}
+        return {name: redacted(value, environment, f"{key}.{name}") for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [redacted(value, environment) for value in content]
+        return [redacted(value, environment, key) for value in content]
+    if isinstance(content, bool) or content in (None, ""):
+        return content
+    if (_SECRET if isinstance(content, str) else _SECRET_NUMBER).search(key):
+        return HIDDEN
     if not isinstance(content, str):
         return content
     content = _IN_ADDRESS.sub(rf"\1{HIDDEN}", content)
@@ -35,10 +42,6 @@ def spoken(text: str) -> str:
     variable called like a secret held becomes its name, and who an address is asked as is hidden."""
     text = _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET.search(name)})
     return _IN_ADDRESS.sub(rf"\1{HIDDEN}", text)
-
-
-def _hides(key: Any, value: Any) -> bool:
-    return isinstance(value, str) and value != "" and _SECRET.search(str(key)) is not None
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:

@@ -67,6 +67,36 @@ def test_a_run_goes_on_where_secrets_were_hidden(load, caplog):
     assert "nothing to train" in caplog.text and "note:" not in caplog.text
 
 
+@pytest.mark.parametrize("secret", [WRITTEN, 90125], ids=["text", "number"])
+def test_older_records_that_hold_secrets_are_compared_and_not_spoken(tmp_path, monkeypatch, secret):
+    """A secret that stays is no change, in whichever way it was recorded; one that changes is one without saying it."""
+    monkeypatch.setattr(redaction, "_from_environment", {})
+    bound = experiment(values("nnclr", tmp_path))
+    bound.backbone.kwargs = {"api_key": secret, "keys_of": {"hf_token": [secret]}}
+    older, own = bound.to_json(), bound.record()
+    assert own["backbone"]["kwargs"] == {"api_key": HIDDEN, "keys_of": {"hf_token": [HIDDEN]}}
+    assert bound.changes(older) == bound.changes(own) == {}
+    redaction.remember(FROM_ENVIRONMENT, "SOLO_TEST_SECRET")
+    bound.data.train_path = FROM_ENVIRONMENT                # of a block whose texts may come out of the environment
+    older["data"]["train_path"] = FROM_ENVIRONMENT
+    assert bound.changes(older) == {}
+    bound.backbone.kwargs["api_key"] = 90126
+    older["data"]["train_path"] += "/other"
+    assert bound.changes(older) == {
+        "backbone.kwargs.api_key": (HIDDEN, HIDDEN),
+        "data.train_path": ("${oc.env:SOLO_TEST_SECRET}/other", "${oc.env:SOLO_TEST_SECRET}"),
+    }
+
+
+def test_numbers_and_what_lists_and_blocks_hold_are_secrets_too_and_counts_are_not():
+    shown = {"num_tokens": 3, "tokens": True, "reg_tokens": 4, "class_token": True, "token_dim": 8, "password": None}
+    secret = {"api_key": 12345, "pin": {"password": 0.5}, "hf_token": 7, "tokens": ["a"],
+              "credentials": {"user": "me", "n": [1]}}
+    assert redacted(shown) == shown
+    assert redacted(secret) == {"api_key": HIDDEN, "pin": {"password": HIDDEN}, "hf_token": HIDDEN, "tokens": [HIDDEN],
+                                "credentials": {"user": HIDDEN, "n": [HIDDEN]}}
+
+
 def test_words_of_the_schema_stay_so_that_a_checkpoint_says_what_it_holds(tmp_path, monkeypatch):
     """Also where another key took the same word out of the environment."""
     monkeypatch.setattr(redaction, "_from_environment", {})
