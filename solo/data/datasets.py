@@ -27,7 +27,7 @@ from solo.data.sources import (
     holds_images,
 )
 from solo.data.tar import TarSource
-from solo.errors import ConfigError
+from solo.errors import ConfigError, DataError
 from solo.reading import read_arrays
 from solo.registry import Registry
 
@@ -195,11 +195,20 @@ def _evaluation_folders(root: Path) -> list[Path]:
         return []
     if "val" in folders:
         return [folders["val"]]
-    filled = {name: folder for name, folder in folders.items() if holds_images(folder)}
-    if set(filled) - {"train", "valid", "validation", "test"}:
+    ours = {"train", "valid", "validation", "test"}
+    filled = {name: folder for name, folder in folders.items() if _may_hold_images(folder, otherwise=name in ours)}
+    if set(filled) - ours:
         return []
     found = [filled[name] for name in ("valid", "validation") if name in filled]
     return found or [filled[name] for name in ("test",) if name in filled]
+
+
+def _may_hold_images(folder: Path, otherwise: bool) -> bool:
+    """Of a folder that cannot be listed: ``otherwise``. One to evaluate on is refused when it is listed again."""
+    try:
+        return holds_images(folder)
+    except DataError:
+        return otherwise
 
 
 def _npz(config: DataConfig, train: bool) -> Source | None:

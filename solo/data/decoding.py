@@ -1,27 +1,20 @@
 """From a file's bytes to pixels, with every way they can be wrong ending as one `BadImage`."""
 
-import errno
 import io
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torchvision.io  # loads the operators
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from solo.data.reads import noted
-from solo.errors import EnvironmentFault
+from solo.data.reads import retried
 
-T = TypeVar("T")
 MAX_PIXELS = 80_000_000
 # Only these of Pillow's formats, whatever a file is called: its EPS, for one, starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
-_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
-_WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
 
 _RGB = 3
 
@@ -74,25 +67,6 @@ def patiently(read: Callable[[], bytes], path: Path) -> bytes:
         return retried(read, path)
     except OSError as error:
         raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-
-
-def retried(read: Callable[[], T], path: Path) -> T:
-    """What ``read`` returns of a file; an error that may pass is given three more tries.
-
-    Raises:
-        EnvironmentFault: this process may open no more files.
-        OSError: any other.
-    """
-    for wait in (*_WAITS, None):
-        try:
-            return noted(read, path)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error
-            if error.errno not in _PASSING or wait is None:
-                raise
-        time.sleep(wait)  # out of the block above, so that the error keeps no file
-    raise AssertionError("unreachable")
 
 
 def decode(content: bytes, in_chans: int) -> np.ndarray:

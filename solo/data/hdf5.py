@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from solo.console import say
-from solo.data.decoding import BadImage, decode, patiently, retried
+from solo.data.decoding import BadImage, decode, patiently
 from solo.data.hdf5_content import (
     BROKEN,
     asked,
@@ -37,7 +37,7 @@ from solo.data.hdf5_content import (
     text,
     vector_in,
 )
-from solo.data.reads import noted
+from solo.data.reads import noted, retried
 from solo.data.sources import Source, digest, printable, spread, stamp
 from solo.errors import ConfigError, DataError
 

@@ -1,8 +1,10 @@
 """A read that does not come back ends the command: what waits in it cannot be woken, but a thread beside it can speak."""
 
+import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,10 +13,12 @@ from weakref import WeakSet
 
 from solo import errors
 from solo.dist import rank
-from solo.errors import EnvironmentFault
+from solo.errors import DataError, EnvironmentFault
 
 T = TypeVar("T")
 _LOOKS = 8  # in the time that a read may take, so that it ends at most an eighth of it later
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
+_WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
 _reading: dict[int, tuple[object]] = {}  # what each thread is at; another tuple with each read, and with each entry of a folder
 _watched: WeakSet[threading.Event] = WeakSet()  # commands that have a watcher
 
@@ -33,20 +37,47 @@ def noted(read: Callable[[], T], path: object) -> T:
             _reading[thread] = outer
 
 
+def retried(read: Callable[[], T], path: Path) -> T:
+    """What ``read`` returns of a file; an error that may pass is given three more tries.
+
+    Raises:
+        EnvironmentFault: this process may open no more files.
+        OSError: any other.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return noted(read, path)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise EnvironmentFault(f"too many open files ({path}): raise the limit, ulimit -n") from error
+            if error.errno not in _PASSING or wait is None:
+                raise
+        time.sleep(wait)  # out of the block above, so that the error keeps no file
+    raise AssertionError("unreachable")
+
+
 def listed(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Names of the folders in a folder, links to such too, and of all else; each that comes is progress to who `watch`es."""
-    folders: list[str] = []
-    others: list[str] = []
+    """Names of the folders in a folder, links to such too, and of all else; each that comes is progress to who `watch`es.
+
+    Raises:
+        DataError: it cannot be listed, so nobody knows how many images there are.
+    """
     thread = threading.get_ident()
 
-    def read() -> None:
+    def read() -> tuple[list[str], list[str]]:
+        folders: list[str] = []
+        others: list[str] = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 _reading[thread] = (folder,)
                 (folders if _leads_to_folder(entry) else others).append(entry.name)
+        return folders, others
 
-    noted(read, folder)
-    return folders, others
+    try:
+        return retried(read, Path(folder))
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be listed ({error.strerror or error}), so its images cannot be counted: "
+                        "let it be read, or move it elsewhere") from error
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
@@ -59,19 +90,16 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """As ``os.walk`` from above, links followed: a folder, and what is `listed` in it; each folder once, wherever links lead.
 
-    What is taken out of the list of folders is not gone into; a folder that cannot be listed is passed over.
+    What is taken out of the list of folders is not gone into; errors as of `listed`.
     """
     waiting, seen = [os.fspath(root)], set()
     while waiting:
         folder = waiting.pop()
-        try:
-            real = noted(partial(os.path.realpath, folder), folder)
-            if real in seen:
-                continue
-            seen.add(real)
-            folders, others = listed(folder)
-        except OSError:
+        real = noted(partial(os.path.realpath, folder), folder)
+        if real in seen:
             continue
+        seen.add(real)
+        folders, others = listed(folder)
         yield folder, folders, others
         waiting += [os.path.join(folder, name) for name in reversed(folders)]
 

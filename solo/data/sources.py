@@ -11,13 +11,14 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from solo.console import say, warn
-from solo.data.decoding import BadImage, decode, read_file, retried
+from solo.data.decoding import BadImage, decode, read_file
 from solo.data.random import integers
-from solo.data.reads import noted, walk
+from solo.data.reads import noted, retried, walk
 from solo.errors import ConfigError
 
 T = TypeVar("T")
 _SIZED = 4096  # files of a folder whose sizes are asked for, evenly spread: a network may take a millisecond for each
+_OF_OTHERS = (".", "__MACOSX", "lost+found")  # how folders begin that no images are looked for in
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 
 
@@ -204,6 +205,7 @@ class FolderSource:
 
     Raises:
         ConfigError: the folder is missing, is a file, or holds no images; ``key`` names the setting.
+        DataError: a folder in it cannot be listed.
     """
 
     def __init__(self, root: str | Path, in_chans: int, key: str, labelled: bool = True) -> None:
@@ -278,7 +280,7 @@ def _image_files(root: Path) -> tuple[list[str], Counter[str]]:
     files: list[str] = []
     ignored: Counter[str] = Counter()
     for folder, subfolders, names in walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(_OF_OTHERS))
         for name in names:
             if is_image(name):
                 files.append(Path(folder, name).relative_to(root).as_posix())

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from solo.data import bad as bad_file
-from solo.data import check, decoding, pack
+from solo.data import check, decoding, pack, reads
 from solo.data.decoding import BadImage, decode
 from solo.data.hdf5 import open_hdf5
 from solo.data.sources import FolderSource
@@ -230,7 +230,7 @@ def test_a_stand_in_that_is_bad_too_is_replaced_anew(tmp_path: Path) -> None:
 
 
 def test_a_passing_error_is_tried_again_and_a_lasting_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
     path = make_folder(tmp_path, {"a": 1})[0]
     content, left = path.read_bytes(), [errno.EIO, errno.ESTALE, errno.EIO]
 

@@ -1,10 +1,14 @@
 """What a wrong request for data gets: one line that names the key."""
 
+import os
+from errno import EACCES, EIO, ESTALE
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from solo.data import reads
 from solo.data.config import DataConfig
 from solo.errors import ConfigError, DataError
 from tests.data.common import folder, make_folder, module
@@ -30,6 +34,45 @@ def test_paths(tmp_path: Path) -> None:
     assert "1 .txt" in refused(tmp_path / "texts")
     make_folder(tmp_path / "good", {"a": 8})
     assert "data.val_path=" in refused(tmp_path / "good", val_path=str(tmp_path / "none"))
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Names of folders -> the errors that the next attempts to list them meet."""
+    scandir, errors = os.scandir, dict[str, list[int]]()
+
+    def guarded(path: str | Path) -> Any:
+        if waiting := errors.get(Path(path).name):
+            raise OSError(code := waiting.pop(0), os.strerror(code), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
+    return errors
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(tmp_path: Path, closed: dict[str, list[int]]) -> None:
+    """Whoever trusts the count of images hears of it; what passes is tried again, and nobody looks into a disk's own."""
+    make_folder(tmp_path, {"a": 8, "b": 8, "b/deep": 8, "lost+found": 1})
+    closed |= {"deep": [EACCES], "lost+found": [EACCES]}
+    said = f"the folder {tmp_path}/b/deep cannot be listed (Permission denied), so its images cannot be counted: "
+    assert refused(tmp_path).startswith(said)
+    closed |= {"deep": [], "b": [EIO, ESTALE, EIO]}
+    assert len(folder(tmp_path).labels) == 24 and closed == {"deep": [], "b": [], "lost+found": [EACCES]}
+    closed |= {"b": [EIO] * 4}
+    assert "/b cannot be listed (Input/output error)" in refused(tmp_path)
+
+
+def test_a_neighbour_that_cannot_be_listed_is_refused_where_it_is_to_evaluate_on(
+    tmp_path: Path, closed: dict[str, list[int]]
+) -> None:
+    for name in ("train", "test", "others"):
+        make_folder(tmp_path / name, {"a": 8})
+    closed |= {"others": [EACCES] * 9}
+    data = folder(tmp_path)
+    assert len(data.labels) == 8 and data.bad_val is not None and len(closed["others"]) < 9
+    closed |= {"test": [EACCES] * 9}
+    assert f"{tmp_path}/test cannot be listed" in refused(tmp_path)
 
 
 def test_files_that_only_pretend_to_be_images(tmp_path: Path) -> None:

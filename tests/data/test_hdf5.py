@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from solo.data import check, decoding, hdf5, pack
+from solo.data import check, hdf5, pack, reads
 from solo.data.decoding import BadImage
 from solo.data.hdf5 import GroupedSource, PackedSource, PerProcess, open_hdf5
 from solo.data.sources import FakeSource, FolderSource, Source, listing
@@ -291,7 +291,7 @@ def test_a_file_that_changes_under_way_stops_the_run(images: Path, packed: Path,
 
 def test_an_error_that_passes_is_tried_again(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, right = opened(packed), opened(packed).encoded(3)
-    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
     read, fails = os.pread, [OSError(5, "EIO"), OSError(116, "ESTALE")]
 
     def flaky(*words: int) -> bytes:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from solo.data import decoding, hdf5
+from solo.data import hdf5, reads
 from solo.data.decoding import BadImage
 from solo.errors import ConfigError, DataError, EnvironmentFault
 from tests.attacks.sandbox import MIB, confined
@@ -135,7 +135,7 @@ def test_a_mistake_of_ours_is_no_bad_image(images: Path, packed: Path, tmp_path:
 def test_a_size_that_cannot_be_asked_for_is_no_size(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(group_per_class(images, tmp_path / "x.h5"))
     right, fails = source.listing(), [OSError(5, "EIO"), OSError(116, "ESTALE")]
-    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
     size = hdf5.stored_size
 
     def flaky(dataset: object) -> int:

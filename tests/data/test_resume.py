@@ -261,5 +261,5 @@ def test_a_passing_error_is_no_change_of_an_image_and_a_lasting_one_ends_nothing
         return stat(path, **options)
 
     monkeypatch.setattr(Path, "stat", stale)
-    monkeypatch.setattr("solo.data.decoding.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("solo.data.reads.time.sleep", lambda seconds: None)
     assert (listing(source) == before) is whole

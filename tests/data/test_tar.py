@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solo.data import decoding
+from solo.data import reads
 from solo.data.config import DataConfig
 from solo.data.decoding import BadImage
 from solo.data.module import DataModule
@@ -78,7 +78,7 @@ def test_a_cut_archive_loses_what_is_cut(tmp_path: Path) -> None:
 def test_an_error_that_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C5."""
     source = TarSource(pack(tmp_path / "x.tar", NAMES), "", 3, "data.train_path")
-    monkeypatch.setattr(decoding, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
     opened, fails = Path.open, [OSError(errno.EIO, "EIO"), OSError(errno.ESTALE, "ESTALE")]
 
     def flaky(path: Path, mode: str) -> io.IOBase:
