@@ -36,7 +36,7 @@ def there(names: Sequence[object]) -> str:
 
 def checkpoints_near(path: Path) -> list[Path]:
     """Other checkpoints and the runs in the nearest folder there is, or in the one around it; the newest first."""
-    folder = next(place for place in (path, *path.parents) if place.is_dir())
+    folder = next((place for place in (path, *path.parents) if place.is_dir()), Path())
     return _checkpoints_in(folder, path) or _checkpoints_in(folder.parent, path)
 
 

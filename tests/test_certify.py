@@ -195,6 +195,7 @@ def test_ranks_that_differ_are_found(check, name):
         check(Case(HERE + name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check, name, found", [
     (ranks_equal_one, "Warms", "loss on rank 0 of 2 differs"),
     (ranks_normalise_alone, "Warms", "loss on rank 0 of 2 differs"),

@@ -308,8 +308,8 @@ def test_the_code_is_the_same_to_all_and_not_to_an_edited_copy(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("optimizer, method, width", [
-    ("lars", "all4one", 512), ("adamw", "all4one", 512), ("adamw", "all4one", 16), ("sgd", "simclr", 16),
-], ids=["4 MB", "AdamW, 5 MB", "AdamW, 0.4 MB", "0.2 MB"])
+    ("lars", "all4one", 512), ("adamw", "all4one", 16), ("sgd", "simclr", 16),
+], ids=["4 MB", "AdamW, 0.4 MB", "0.2 MB"])
 def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch, optimizer, method, width):
     content = values(method, tmp_path, max_epochs=1, method_kwargs={"proj_hidden_dim": width})
     content["optimizer"] = {"name": optimizer, "batch_size": 8, "lr": 0.01}
