@@ -276,8 +276,11 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     if not str(path):
         raise ConfigError(f"{key} must name a checkpoint or a run's directory")
     path = Path(path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be reached: {error.strerror}") from error
     near = checkpoints_near(path)
     if not path.exists():
         name = re.compile(re.escape(str(path)) + "-[0-9a-f]{8}")

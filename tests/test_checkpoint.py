@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,6 +339,15 @@ def test_what_is_near_a_wrong_path_is_offered(tmp_path):
             checkpoint.resolve(path, "resume")
         assert str(caught.value) == f"resume={path} {said}"
     assert checkpoint.resolve(runs[4]) == runs[4] / "checkpoints" / "step-2.ckpt"
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    with pytest.raises(ConfigError, match=f"^resume={tmp_path}/x.ckpt cannot be reached: Permission denied$"):
+        checkpoint.resolve(tmp_path / "x.ckpt", "resume")
 
 
 def test_a_file_system_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
