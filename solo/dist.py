@@ -12,6 +12,9 @@ from torch import Tensor
 from solo.errors import SoloError
 
 
+LIGHT = 2**20       # bytes that a gathered sum may take more than a reduced one, to spare a message
+
+
 def world_size() -> int:
     """Number of processes in the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -96,8 +99,8 @@ def gather_packed(*tensors: Tensor) -> list[Tensor]:
     everything = [*tensors, *(tensor for later in waiting for tensor in later.own)]
     if len(everything) == 1:
         return [_all_gathered(tensors[0])]
-    rows = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in everything]
-    parts = _all_gathered(torch.cat(rows, dim=1)).split([row.shape[1] for row in rows], dim=1)
+    flat = [tensor.reshape(1, -1).contiguous().view(torch.uint8) for tensor in everything]
+    parts = _all_gathered(torch.cat(flat, dim=1)).split([each.shape[1] for each in flat], dim=1)    # [world, bytes] each
     found = [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, everything, strict=True)]
     rest = iter(found[len(tensors) :])
     for later in waiting:
@@ -112,12 +115,12 @@ def _all_gathered(x: Tensor) -> Tensor:
 
 
 class Later:
-    """Rows that are not in a hurry: they travel with the next gathering of as many rows, at the latest when asked for.
+    """Rows that are not in a hurry: they travel with the next gathering on their device, at the latest when asked for.
 
     Every rank must make it, gather and ask in the same order, as for any collective.
 
     Args:
-        tensors: as for `gather_packed`, constants.
+        tensors: [B, ...] each, as for `gather_packed`; constants.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -148,9 +151,17 @@ def send_nothing_old() -> None:
 def _boarding(x: Tensor) -> list[Later]:
     """Those that wait and travel with x; what nobody holds any more is forgotten."""
     waiting = [later for ref in _waiting if (later := ref()) is not None and later.found is None]
-    going = [later for later in waiting if (len(later.own[0]), later.own[0].device) == (len(x), x.device)]
+    going = [later for later in waiting if later.own[0].device == x.device]
     _waiting[:] = [weakref.ref(later) for later in waiting if later not in going]
     return going
+
+
+def sum_later(x: Tensor) -> Callable[[], Tensor]:
+    """The sum over ranks of x, to be asked for once: until then it may travel as a `Later`, unless that is too heavy."""
+    if world_size() == 1 or (world_size() - 2) * x.nbytes > LIGHT:      # of two ranks each gets as much either way
+        return lambda: all_reduce(x)
+    later = Later(x[None])
+    return lambda: later()[0].sum(0)
 
 
 @torch.no_grad()

@@ -251,7 +251,7 @@ def _trainer(
     callbacks: list[pl.Callback] = [guard, OverflowGuard(), ValidationGuard(saver)]
     if config.probe.enabled and classes > 1:
         lr = optim.scaled_lr(config.optimizer.classifier_lr, global_batch)
-        callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe, agreement))
+        callbacks.append(OnlineProbe(method.dim, classes, lr, config.probe))
     if config.knn.enabled and classes > 1:
         callbacks.append(KNNCallback(classes, config.knn))
     callbacks += [

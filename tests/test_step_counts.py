@@ -2,6 +2,7 @@
 
 import gc
 import resource
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -130,19 +131,19 @@ def _two(_, folder, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["nnclr", "all4one"])
 def test_collectives_of_a_step(method, tmp_path):
-    """Gathered: the rows of the loss and of the queue together and, backwards, one number for each row. Reduced: the
-    `Agreement`, for which alone a step waits, with the probe's gradient. A report adds one for all metrics together.
+    """The rows of the loss and of the queue together and, backwards, one number for each row, with which the `Agreement`
+    travels, for which alone a step waits, and the probe's gradient. A report adds one for all metrics together.
     """
     for steps in run_ranks(_two, tmp_path, method):
         for number, (sent, waits) in enumerate(steps):
             reports = number % 4 == 3
-            assert sent == {"all_gather_into_tensor": 2, "all_reduce": 1 + reports}, number
+            assert sent == Counter(all_gather_into_tensor=2, all_reduce=int(reports)), number
             assert waits == {"tolist": 1 + reports}, number
 
 
 @pytest.mark.slow
 def test_the_bench_counts_those_of_a_run_too():
-    assert (of_a_run("nnclr").what, of_a_run("nnclr").value) == ("nnclr: collectives of a run's step on 2 ranks", 3)
+    assert (of_a_run("nnclr").what, of_a_run("nnclr").value) == ("nnclr: collectives of a run's step on 2 ranks", 2)
 
 
 @pytest.mark.slow
@@ -178,27 +179,27 @@ def test_one_collective_for_tensors_of_any_types():
 
 
 def _with_the_next(which):
-    """What waits, and the messages: of a gathering of other rows, of one that takes two along, of an answer that is there."""
+    """What waits, and the messages: of a gathering that takes two along, of answers that are there, of one that is not."""
     keys, labels, more = torch.randn(3, 2) + 10 * which, torch.arange(3) - which, torch.full((3,), 7 + which)
     first, second, dropped = Later(keys, labels), Later(more), Later(keys)
     del dropped
-    x = (torch.arange(3.0)[:, None] + 10 * which).requires_grad_()
+    x = (torch.arange(2.0)[:, None] + 10 * which).requires_grad_()
     with Collectives() as messages:
         counts = []
-        for act in (lambda: gather(torch.zeros(4)), lambda: gather(x), first, second, lambda: Later(more)()):
+        for act in (lambda: gather(x), first, second, lambda: Later(more)()):
             found = act()
             counts.append(sum(messages.names.values()))
-            if x.grad is None and counts[-1] == 2:
+            if x.grad is None:
                 found.square().sum().backward()
                 messages.names.clear()
     return counts, x.grad.tolist(), [part.tolist() for part in (*first(), *second(), *found)], keys.tolist()
 
 
-def test_rows_that_wait_travel_with_the_next_of_as_many():
+def test_rows_that_wait_travel_with_the_next_however_many_they_are():
     (counts, grad, found, mine), (others, other_grad, same, theirs) = run_ranks(_with_the_next)
-    assert counts == others == [1, 2, 0, 0, 1] and found == same
+    assert counts == others == [1, 0, 0, 1] and found == same
     assert found == [mine + theirs, [0, 1, 2, -1, 0, 1], [7] * 3 + [8] * 3, [7] * 3 + [8] * 3]
-    assert (grad, other_grad) == ([[0], [4], [8]], [[40], [44], [48]])
+    assert (grad, other_grad) == ([[0], [4]], [[40], [44]])
 
 
 def test_in_one_process_nothing_waits():

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from solo.agreement import Agreement
@@ -80,6 +81,8 @@ class FiniteGuard(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss.detach())
         self._bad = bad if self._bad is None else self._bad | bad
+        if isinstance(trainer.model, DistributedDataParallel) and pl_module.automatic_optimization:
+            self.agreement.send(loss=self._bad)     # DDP will give all ranks one gradient, of which they need not tell
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         loss_bad = self._bad if self._bad is not None else torch.zeros((), dtype=torch.bool, device=pl_module.device)

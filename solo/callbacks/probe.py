@@ -1,6 +1,7 @@
 """A linear classifier on the backbone's features while they are learned, without touching them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-from solo.agreement import Agreement, Sum
 from solo.batch import Batch
-from solo.dist import all_reduce
+from solo.dist import all_reduce, sum_later
 from solo.schedules import cosine
 
 
@@ -42,20 +42,17 @@ class OnlineProbe(Callback):
         num_classes: classes of the dataset.
         lr: rate at the start, already scaled with the global batch; a cosine takes it to 0 over the run.
         config: momentum and weight decay.
-        agreement: with whose message the gradient travels, that of a `Method`'s ``feats``; without it with one of its own.
 
     Attributes:
         head: the classifier.
         step_scalars: ``probe_loss`` and ``probe_acc1`` (percent) of the last train batch, on the device.
     """
 
-    def __init__(
-        self, dim: int, num_classes: int, lr: float, config: ProbeConfig | None = None, agreement: Agreement | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, lr: float, config: ProbeConfig | None = None) -> None:
         config = config or ProbeConfig()
-        self.lr, self.agreement = lr, agreement
+        self.lr = lr
         self._labels = torch.empty(0)
-        self._sum: Sum | None = None
+        self._sum: Callable[[], Tensor] | None = None
         self.head = nn.utils.skip_init(nn.Linear, dim, num_classes)
         bound, generator = 1 / math.sqrt(dim), torch.Generator().manual_seed(0)
         for p in self.head.parameters():
@@ -95,16 +92,16 @@ class OnlineProbe(Callback):
         self._labels, self._sum = batch.labels, None
         pl_module.feats = torch.empty(0)        # of this batch there are none yet
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         feats: Any = pl_module.feats
-        if self.agreement is not None and self._sum is None and len(feats):
-            self._sum = self.agreement.add_up(self._packed(*_rows(feats, self._labels)))
+        if self._sum is None and len(feats):
+            self._sum = sum_later(self._packed(*_rows(feats, self._labels)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         lr = cosine(max(trainer.global_step - 1, 0) / self._total_steps, self.lr, 0.0)
-        if self._sum is None:           # no agreement, or a method whose `training_step` is its own
+        if self._sum is None:           # of a method whose `training_step` is its own
             self.step_scalars = self.update(*_rows(outputs["feats"], batch.labels), lr)
         else:
             self.step_scalars = self._step(self._sum(), lr)

@@ -26,8 +26,8 @@ class SignalGuard(Callback):
     handler, where a collective hangs, or end the run as if it were complete.
 
     Args:
-        agreement: in which several ranks say what has come before the update of a step, of the `FiniteGuard` that reaches
-            it; what comes later is heard in the next step. Without it they ask each other after each step.
+        agreement: in which several ranks say what has come before the backward pass of a step, of the `FiniteGuard` that
+            reaches it; what comes later is heard in the next step. Without it they ask each other after each step.
     """
 
     def __init__(self, agreement: Agreement | None = None) -> None:

@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from solo import dist
 from solo.agreement import Agreement
 from solo.bench.counts import Collectives
 from solo.callbacks.health import FiniteGuard
 from solo.callbacks.probe import OnlineProbe
-from solo.dist import all_reduce, rank
+from solo.dist import all_reduce, gather, rank, sum_later
 from solo.errors import NumericsError
 from solo.eval.features import Features, extract
 from solo.eval.knn import Vote, knn_hits
@@ -24,13 +26,12 @@ def probe_steps(parts):
     return [value.tolist() for value in probe.state_dict().values()]
 
 
-def agreed_steps(parts, own_step=False):
-    """The same in a run, three batches to an optimizer step; and the messages of the probe's own.
+def travelled_steps(parts, own_step=False):
+    """The same in a run, where the third loss gathers something backwards; and the messages of the probe's own.
 
     ``own_step``: of a method whose `training_step` is its own and keeps no ``feats``.
     """
-    agreement = Agreement()
-    probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.3, agreement=agreement)
+    probe = OnlineProbe(dim=6, num_classes=CLASSES, lr=0.3)
     trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=1)
     probe.on_train_start(trainer, None)
     counts = []
@@ -39,13 +40,12 @@ def agreed_steps(parts, own_step=False):
         probe.on_train_batch_start(trainer, method, batch, 0)
         if not own_step:
             method.feats = feats
-        probe.on_after_backward(trainer, method)
+        probe.on_before_backward(trainer, method, torch.tensor(0.0))
         if len(counts) == 2:
-            assert agreement.reach(loss=torch.tensor(rank() == 1))["loss"] == [0, 1]
+            assert gather(torch.tensor([rank(), 7])).tolist() == [0, 7, 1, 7] and not dist._waiting
         with Collectives() as seen:
             probe.on_train_batch_end(trainer, method, {"feats": feats}, batch, 0)
         counts.append(sum(seen.names.values()))
-        assert len(agreement._sums) < 2         # those that were asked for are let go
     return [value.tolist() for value in probe.state_dict().values()], counts
 
 
@@ -54,11 +54,11 @@ def test_probe_equals_one_process_on_the_joined_batch():
     steps = [(torch.randn(8, 6, generator=generator), torch.tensor([0, 1, -1, -1, -1, 2, 1, 0])) for _ in range(3)]
     halves = [[(feats[4 * r : 4 * r + 4], labels[4 * r : 4 * r + 4]) for feats, labels in steps] for r in (0, 1)]
     ranks = run_ranks(lambda rank: (
-        probe_steps(halves[rank]), agreed_steps(halves[rank]), agreed_steps(halves[rank], own_step=True)
+        probe_steps(halves[rank]), travelled_steps(halves[rank]), travelled_steps(halves[rank], own_step=True)
     ))
     assert ranks[0] == ranks[1]
-    alone, agreed, own = ranks[0]
-    assert agreed == (alone, [1, 1, 0]) and own == (alone, [1, 1, 1])
+    alone, travelled, own = ranks[0]
+    assert travelled == (alone, [1, 1, 0]) and own == (alone, [1, 1, 1])
     for a, b in zip(alone, probe_steps(steps), strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
 
@@ -85,33 +85,67 @@ def test_features_are_in_dataset_order_and_hits_add_up(shares):
     assert first[1:] == alone[1:]
 
 
-def guard(rank):
+def guard(rank, what, reduced):
     module = torch.nn.Linear(2, 1, bias=False)
-    module.weight.grad = torch.zeros(1, 2)
-    trainer = SimpleNamespace(precision_plugin=None, global_step=6, current_epoch=0)
+    module.automatic_optimization = True
+    value = float("inf") if rank == 1 else 1.0
+    if what == "gradient":
+        module.weight.register_hook(lambda grad: grad * value)
+    model = DistributedDataParallel(module) if reduced else module
+    trainer = SimpleNamespace(precision_plugin=None, global_step=6, current_epoch=0, model=model)
     callback = FiniteGuard()
-    callback.on_before_backward(trainer, module, torch.tensor(float("inf") if rank == 1 else 1.0))
+    loss = model(torch.ones(1, 2)).sum() + (value if what == "loss" else 1.0)
+    callback.on_before_backward(trainer, module, loss)
+    loss.backward()
     try:
         callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=1))
     except (NumericsError, SystemExit) as error:
         return f"{type(error).__name__} {error}"
 
 
-def test_a_non_finite_loss_on_one_rank_stops_both():
-    first, second = run_ranks(guard)
+@pytest.mark.parametrize(("what", "reduced", "named"), [
+    ("loss", True, "the loss alone"), ("loss", False, "the loss alone"),
+    ("gradient", True, "weight.grad"), ("gradient", False, "the norm of the gradient alone"),
+])
+def test_a_non_finite_number_of_one_rank_stops_both(what, reduced, named):
+    """Also of a gradient that DDP has not made the same on all ranks."""
+    first, second = run_ranks(guard, what, reduced)
     assert second == "SystemExit 0"     # one voice
-    assert first.startswith("NumericsError non-finite loss of Linear at step 7 (epoch 1, lr 1; not finite: the loss alone)")
+    assert first.startswith(f"NumericsError non-finite {what} of Linear at step 7 (epoch 1, lr 1; not finite: {named})")
 
 
 def facts(rank):
-    agreement = Agreement()
-    agreement.add("signal", lambda: 15 * rank)
+    agreement, signal = Agreement(), 15 * rank
+    agreement.add("signal", lambda: signal)
     agreement.add("save", lambda: False)
     with Collectives() as sent:
-        found = agreement.reach(loss=torch.tensor(rank == 0), gradient=torch.tensor(False))
-    assert sent.names == {"all_reduce": 1} and found == agreement.found
-    return found
+        at_once = agreement.reach(loss=torch.tensor(rank == 0), gradient=torch.tensor(False))
+    assert sent.names == {"all_gather_into_tensor": 1} and at_once == agreement.found
+    agreement.send(loss=torch.tensor(True))         # of a batch that was only accumulated
+    agreement.send(loss=torch.tensor(rank == 1))
+    signal = 9                                      # too late for this step
+    gather(torch.zeros(3))
+    with Collectives() as sent:
+        travelled = agreement.reach(loss=torch.tensor(True), gradient=torch.tensor(True))
+    assert not sent.names and not dist._waiting
+    return at_once, travelled, agreement.reach(loss=torch.tensor(False))
 
 
-def test_all_that_ranks_tell_each_other_at_a_step_is_one_message():
-    assert run_ranks(facts) == [{"loss": [1, 0], "gradient": [0, 0], "signal": [0, 15], "save": [0, 0]}] * 2
+def test_all_that_ranks_tell_each_other_at_a_step_is_one_message_or_none():
+    at_once = {"loss": [1, 0], "gradient": [0, 0], "signal": [0, 15], "save": [0, 0]}
+    travelled = {"loss": [0, 1], "gradient": [1, 1], "signal": [0, 15], "save": [0, 0]}
+    assert run_ranks(facts) == [(at_once, travelled, {"loss": [0, 0], "signal": [9, 9], "save": [0, 0]})] * 2
+
+
+def sums(which):
+    """Of three ranks: what a light and a heavy sum send when they are asked for, behind a gathering."""
+    light, heavy = (torch.full((size,), 2.0**which) for size in (3, dist.LIGHT // 4 + 1))
+    asked = sum_later(light), sum_later(heavy)
+    gather(torch.zeros(2))
+    with Collectives() as sent:
+        found = [each().unique().tolist() for each in asked]
+    return found, dict(sent.names)
+
+
+def test_a_heavy_sum_is_reduced_by_itself():
+    assert run_ranks(sums, world=3) == [([[7], [7]], {"all_reduce": 1})] * 3
