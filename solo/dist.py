@@ -11,7 +11,6 @@ from torch import Tensor
 
 from solo.errors import SoloError
 
-
 LIGHT = 2**20       # bytes that a gathered sum may take more than a reduced one, to spare a message
 
 
@@ -151,7 +150,7 @@ def send_nothing_old() -> None:
 def _boarding(x: Tensor) -> list[Later]:
     """Those that wait and travel with x; what nobody holds any more is forgotten."""
     waiting = [later for ref in _waiting if (later := ref()) is not None and later.found is None]
-    going = [later for later in waiting if later.own[0].device == x.device]
+    going = [later for later in waiting if later.own[0].device == x.device and len(x)]
     _waiting[:] = [weakref.ref(later) for later in waiting if later not in going]
     return going
 

@@ -185,6 +185,8 @@ def _with_the_next(which):
     del dropped
     x = (torch.arange(2.0)[:, None] + 10 * which).requires_grad_()
     with Collectives() as messages:
+        gather(torch.zeros(0, 2))
+        assert first.found is None          # nothing takes nobody along
         counts = []
         for act in (lambda: gather(x), first, second, lambda: Later(more)()):
             found = act()
@@ -197,7 +199,7 @@ def _with_the_next(which):
 
 def test_rows_that_wait_travel_with_the_next_however_many_they_are():
     (counts, grad, found, mine), (others, other_grad, same, theirs) = run_ranks(_with_the_next)
-    assert counts == others == [1, 0, 0, 1] and found == same
+    assert counts == others == [2, 0, 0, 1] and found == same
     assert found == [mine + theirs, [0, 1, 2, -1, 0, 1], [7] * 3 + [8] * 3, [7] * 3 + [8] * 3]
     assert (grad, other_grad) == ([[0], [4]], [[40], [44]])
 
