@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solo.errors import SoloError
 
-LIGHT = 2**20       # bytes that a gathered sum may take more than a reduced one, to spare a message
+LIGHT = 2**20       # bytes of all ranks together up to which gathering a sum with others costs less than a reduction of its own
 
 
 def world_size() -> int:
@@ -157,7 +157,7 @@ def _boarding(x: Tensor) -> list[Later]:
 
 def sum_later(x: Tensor) -> Callable[[], Tensor]:
     """The sum over ranks of x, to be asked for once: until then it may travel as a `Later`, unless that is too heavy."""
-    if world_size() == 1 or (world_size() - 2) * x.nbytes > LIGHT:      # of two ranks each gets as much either way
+    if world_size() == 1 or world_size() * x.nbytes > LIGHT:
         return lambda: all_reduce(x)
     later = Later(x[None])
     return lambda: later()[0].sum(0)
