@@ -102,6 +102,18 @@ def test_a_process_without_an_image_to_validate_with(tmp_path):
     equal(tmp_path, "simclr", data, 6, world=3, k=1)
 
 
+def probed(rank, folder, enabled):
+    config = Case("simclr").experiment(folder, devices=3, max_epochs=1, data={"train_size": 96}, probe={"enabled": enabled})
+    return state(pretrain(config).method)
+
+
+def test_a_probe_changes_no_bit_of_three_processes(tmp_path):
+    """Three numbers are added in an order that follows from a message's length: nothing may travel with DDP's gradient."""
+    on, off = (run_ranks(probed, tmp_path / str(enabled), enabled, world=3) for enabled in (True, False))
+    for one, other in zip(on, off, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 class Knows(pl.Callback):
     """Which unreadable images a process knows of at the start and at the end; a signal comes to both at one step."""
 
