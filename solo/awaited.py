@@ -15,7 +15,8 @@ def awaited(error: SoloError) -> str:
         error: of `solo.peers.together`.
 
     Returns:
-        E.g. ``all_reduce for solo.agreement.of_each_rank``; empty where the error is another, or came out of no collective.
+        E.g. ``all_reduce for solo.agreement.of_each_rank``, or ``the group's store for solo.callbacks.signals.asked``; empty
+        where the error is another, or came out of neither.
     """
     silent = isinstance(error, EnvironmentFault) and _SILENT.match(str(error))
     return _collective(error.__cause__) if silent and error.__cause__ is not None else ""
@@ -26,8 +27,9 @@ def _collective(error: BaseException) -> str:
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     calls = [(str(frame.f_globals.get("__name__")), frame.f_code.co_name) for frame in reversed(frames)]
     name = next((name for module, name in calls if module.startswith("torch.distributed") or module == "solo.dist"), "")
+    name = "the group's store" if ("solo.peers", "answered") in calls else name
     for module, caller in calls:
-        if module.startswith("solo.") and module != "solo.dist":
+        if module.startswith("solo.") and module not in ("solo.dist", "solo.peers"):
             return name and f"{name} for {module}.{caller}"
         if module.startswith("torch.autograd") and module != "torch.autograd.function":
             return f"{name} for a gradient" if name else "the backward pass, where DDP sums the gradient over ranks"

@@ -62,6 +62,10 @@ class EnvironmentFault(SoloError):
     exit_code = 5
 
 
+class Unanswered(EnvironmentFault):
+    """Rank 0, which speaks for all processes, no longer answers this one."""
+
+
 class Interrupted(SoloError):
     """A signal ended the run after its state was saved; ``128 + signal`` is the exit code.
 
@@ -145,7 +149,7 @@ def reported() -> Iterator[None]:
         except SoloError as error:
             if os.environ.get("SOLO_DEBUG"):
                 raise
-            if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ:
+            if not main_process() and "TORCHELASTIC_RUN_ID" in os.environ and not isinstance(error, Unanswered):
                 time.sleep(10)      # rank 0 has most likely said the same, and torchrun ends this process
             for line in spoken(str(error)).splitlines():
                 print(f"{error.kind}: {line}", file=sys.stderr)

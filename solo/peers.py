@@ -2,26 +2,90 @@
 
 import json
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from solo.dist import part, rank, world_size
-from solo.errors import EnvironmentFault, SoloError
+from solo.errors import SoloError, Unanswered
+
+T = TypeVar("T")
 
 # What gloo, NCCL and the store say where another process is gone or late.
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
 _GRACE = 2.5        # seconds that those who noticed have to say that they live
+_LOOKS = 8          # in the time that rank 0 has to answer
+
+_limit = 60.0       # seconds of a collective, and of an answer of the group's store
 
 
 def set_timeout(seconds: float) -> None:
-    """Let collectives of the default group fail after this time from here on."""
+    """Let collectives of the default group, and what is asked of its store here, fail after this time from here on."""
+    global _limit
+    _limit = seconds
     limit = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)     # private up to torch 2.13
     limit(timedelta(seconds=seconds))
+
+
+def answered(call: Callable[[], T], seconds: float) -> T:
+    """What a call to the group's store returns: a thread of its own waits for it, and may be left behind.
+
+    The store lives in rank 0, and torch waits for its answer without a limit: the system may have suspended that process.
+    Looks are counted, not seconds: where this process stood still meanwhile, it has not waited.
+
+    Raises:
+        Unanswered: after ``seconds``.
+    """
+    found: list[T] = []
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    for _ in range(_LOOKS):
+        thread.join(seconds / _LOOKS)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise Unanswered("rank 0 no longer answers: it was suspended, or its machine cannot be reached")
+    return found[0]
+
+
+class _Store:
+    """The group's store, in which each of these calls is `answered` or fails."""
+
+    def __init__(self, prefix: str, seconds: float | None = None) -> None:
+        self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        self._seconds = seconds
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return answered(call, _limit if self._seconds is None else self._seconds)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._ask(lambda: self._store.check(keys))
+
+    def get(self, key: str) -> bytes:
+        return self._ask(lambda: self._store.get(key))
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._ask(lambda: self._store.add(key, amount))
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return self._ask(lambda: self._store.compare_set(key, expected, value))
 
 
 @contextmanager
@@ -35,7 +99,7 @@ def turn_of_first(name: str, seconds: float) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    store = dist.PrefixStore("solo/turn", dist.distributed_c10d._get_default_store())
+    store = _Store("solo/turn")
     try:
         yield
     finally:
@@ -54,7 +118,7 @@ class Flag:
 
     def __init__(self, name: str) -> None:
         alone = world_size() == 1
-        self._store = None if alone else dist.PrefixStore("solo/flag", dist.distributed_c10d._get_default_store())
+        self._store = None if alone else _Store("solo/flag")
         self._name, self._up = name, False
 
     def up(self, mine: bool) -> bool:
@@ -98,7 +162,7 @@ def together(timeout: float) -> Iterator[None]:
 
 class _Word:
     def __init__(self, timeout: float) -> None:
-        self.store = dist.PrefixStore("solo/failure", dist.distributed_c10d._get_default_store())
+        self.store = _Store("solo/failure", _GRACE)
         self.rank, self.world, self.timeout = rank(), world_size(), timeout
 
     def heard(self) -> None:
@@ -106,13 +170,17 @@ class _Word:
 
     def judge(self, error: Exception) -> BaseException:
         """What this process ends with."""
+        if isinstance(error, Unanswered):
+            return Unanswered(str(error))                       # raised from it: what it came out of is said
         try:
             if (isinstance(error, SoloError) or not _LOST.search(str(error))) and self._first(error):
                 return self._spoken_for(error)
             late = re.search("[Tt]imed? ?out", str(error))
             return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead
+        except Unanswered as silent:
+            return error if isinstance(error, SoloError) else silent
         except (RuntimeError, OSError):                         # the store lives in rank 0
-            return EnvironmentFault("rank 0 no longer answers: it was killed or lost its connection")
+            return Unanswered("rank 0 no longer answers: it was killed or lost its connection")
 
     def _first(self, error: Exception) -> bool:
         kind, text = (type(error).__name__, str(error)) if isinstance(error, SoloError) else (
@@ -129,37 +197,39 @@ class _Word:
             return error
         if not self._comes("spoken", 2 * _GRACE):
             return error
-        self.store.set("bye", "")
+        self.heard()
         return SystemExit(0)
 
     def _followed(self, grace: float) -> BaseException:
+        lost: list[int] = []
         if not self._comes("failed", 0.5):
             self.store.set(f"alive/{self.rank}", "")
             part()
             if self.rank == 0:
-                self._find_the_lost(grace)
+                lost = self._find_the_lost(grace)
             elif not self._comes("failed", _GRACE + 1):
                 late = f"it takes longer than step_timeout={self.timeout:g} s or lost its connection"
-                return EnvironmentFault(f"rank 0 no longer answers: {late}")
+                return Unanswered(f"rank 0 no longer answers: {late}")
         part()
         failed, kind, text = json.loads(self.store.get("failed"))
         self.heard()
         if self.rank:
             return SystemExit(0)
         self.store.set("spoken", "")
-        self._comes("bye", 1.0)             # the store goes with this process
+        _until(lambda: self.store.add("heard", 0) >= self.world - len(lost), 1.0)      # the store goes with this process
         kinds: dict[str, type[SoloError]] = {each.__name__: each for each in SoloError.__subclasses__()}
         return kinds.get(kind, SoloError)(f"rank {failed}: {text}")
 
     def _comes(self, key: str, seconds: float) -> bool:
         return _until(lambda: self.store.check([key]), seconds)
 
-    def _find_the_lost(self, grace: float) -> None:
+    def _find_the_lost(self, grace: float) -> list[int]:
         others = {f"alive/{other}": other for other in range(1, self.world)}
         _until(lambda: self.store.check(list(others)), grace)
         lost = [other for key, other in others.items() if not self.store.check([key])]
         text = f"no answer: killed, unreachable, or longer in a step than step_timeout={self.timeout:g} s"
         self.store.set("failed", json.dumps([", ".join(map(str, lost)) or "?", "EnvironmentFault", text]))
+        return lost
 
 
 def _until(holds: Callable[[], bool], seconds: float) -> bool:

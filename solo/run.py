@@ -207,7 +207,7 @@ def _fit(trainer: pl.Trainer, method: Method, data: DataModule, start: Path | No
             trainer.strategy.launcher.kill(signal.SIGKILL)      # a process that no longer answers does not leave by itself
         if where := awaited(error):
             waited = f"rank {trainer.global_rank} waited for it behind step {trainer.global_step}, in {where}"
-            raise EnvironmentFault(f"{error}; {waited}") from error
+            raise type(error)(f"{error}; {waited}") from error
         raise
 
 

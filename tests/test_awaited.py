@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed
 
-from solo import dist
+from solo import dist, peers
 from solo.agreement import Agreement
 from solo.awaited import awaited
 from solo.errors import DataError, EnvironmentFault
@@ -52,6 +52,10 @@ def a_loss():
     of("solo.losses.mine", lambda: apply())()
 
 
+def store():
+    of("solo.callbacks.mine", lambda: peers.answered(lambda: int("x"), 1.0), peers=peers)()
+
+
 def lightning():
     of("pytorch_lightning.strategies.ddp", lambda: torch.distributed.all_reduce(), torch=torch)()
 
@@ -66,10 +70,11 @@ def gradient():
     (agree, "all_gather_into_tensor for solo.agreement.reach"),
     (a_loss, "all_reduce for solo.losses.mine.<lambda>"),
     (gathered, "all_reduce for a gradient"),
+    (store, "the group's store for solo.callbacks.mine.<lambda>"),
     (lightning, "all_reduce for Lightning"),
     (gradient, "the backward pass, where DDP sums the gradient over ranks"),
     (lambda: int("x"), ""),
-], ids=["ours", "a loss's", "ours, backwards", "Lightning's", "DDP's", "none"])
+], ids=["ours", "a loss's", "ours, backwards", "the store's", "Lightning's", "DDP's", "none"])
 def test_what_was_waited_in_and_for_whom(wait, said):
     for kind, line in ((EnvironmentFault, SILENT), (EnvironmentFault, "rank 0 no longer answers: it was killed"),
                        (EnvironmentFault, "rank 1: a data worker ended"), (DataError, SILENT)):

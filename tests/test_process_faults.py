@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from solo import checkpoint
+from solo.files import alive
 from tests import forks
 from tests.conftest import ROOT
 
@@ -36,6 +38,14 @@ class Fault(pl.Callback):
         if fault == "slow save" and rank() == 0:
             save, late = solo.checkpoint.save, iter([12.0])
             solo.checkpoint.save = lambda *a, **b: (time.sleep(next(late, 0)), save(*a, **b))
+        print("PID", rank(), os.getpid(), flush=True)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx):
+        if fault == "suspend in validation" and trainer.current_epoch == 1:
+            time.sleep(0.2)                 # the other one is still at its batches
+            if batch_idx == 1 and rank() == where:
+                print("AT", time.time(), flush=True)
+                os.kill(os.getpid(), signal.SIGSTOP)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 6 and rank() != where and fault == "kill the other":
@@ -51,6 +61,8 @@ class Fault(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "stall":
             time.sleep(600)
+        if fault == "suspend":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "nan":
             batch.views[0].fill_(float("nan"))
 
@@ -70,13 +82,22 @@ with reported():
 NOISE = re.compile(r"frame #|(\[rank\d\]:)?\[[WE]\d|<omitting|Exception raised from|$")     # torch's own
 
 
-def start(folder, fault, where, **variables):
-    """Exit code, stdout, and lines on stderr."""
+def command(folder, fault, where, **variables):
+    """Its words, folder and environment."""
     (folder / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "train.py", fault, str(where)]
-    done = forks.run(command, timeout=100, cwd=folder, env=environment)         # its pipes are of both processes
-    return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if not NOISE.match(line)]
+    return {"args": [sys.executable, "train.py", fault, str(where)], "cwd": folder, "env": environment}
+
+
+def start(folder, fault, where, **variables):
+    """Exit code, stdout, and lines on stderr."""
+    options = command(folder, fault, where, **variables)
+    done = forks.run(options.pop("args"), timeout=100, **options)       # its pipes are of both processes
+    return done.returncode, done.stdout, own(done.stderr)
+
+
+def own(stderr):
+    return [line for line in stderr.splitlines() if not NOISE.match(line)]
 
 
 def fail(folder, fault, where):
@@ -132,6 +153,39 @@ def test_a_process_that_stalls(tmp_path, where):
     told = rf"rank {where}.*step_timeout=8 s.*; rank {1 - where} waited for it behind step 6, in all_gather_\w+ for solo"
     assert re.match(rf"environment error: {told}", lines[0]), lines
     last(tmp_path)
+
+
+@pytest.mark.parametrize(("fault", "step", "place"), [
+    ("suspend", 6, r"all_gather_\w+ for solo.*"),
+    ("suspend in validation", 8, "the group's store for solo.callbacks.signals.asked"),
+])
+def test_a_first_process_that_is_suspended(tmp_path, fault, step, place):
+    """The group's store, in which the others leave word and look for signals, is part of it, and torch asks without a limit."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = forks.Fork(**command(tmp_path, fault, 0), stdout=stdout, stderr=stderr)
+    try:
+        assert soon(lambda: "AT" in out.read_text() and "PID 1" in out.read_text(), 60), err.read_text()
+        began, other = (float(re.search(word + r" (\S+)", out.read_text())[1]) for word in ("AT", "PID 1"))
+        gone = soon(lambda: not alive(int(other)), 30)
+        took, (line,) = time.time() - began, own(err.read_text())
+        assert gone and took < 16, (took, line)
+        told = f"rank 0 no longer answers: .* suspended.*; rank 1 waited for it behind step {step}, in {place}"
+        assert re.fullmatch(f"environment error: {told}", line), line
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(15) == 5
+        assert all(re.match("environment error: rank 1: no answer", line) for line in own(err.read_text())[1:])
+    finally:
+        process.kill()
+        process.wait()
+    last(tmp_path)
+
+
+def soon(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
 
 
 def test_nan_on_one_rank_stops_both_before_the_update(tmp_path):
