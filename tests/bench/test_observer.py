@@ -48,7 +48,7 @@ def test_it_finds(folder, change, finding):
     assert len(found) == bool(finding) and all(line.startswith(finding) for line in found)
 
 
-@pytest.mark.parametrize(("takes", "looks"), [(0.0, 1001), (0.0004, 1001), (0.002, 501)], ids=["no time", "less", "more"])
+@pytest.mark.parametrize(("takes", "looks"), [(0.0, 1112), (0.0004, 1112), (0.002, 501)], ids=["no time", "less", "more"])
 def test_it_looks_a_thousand_times_a_second_whatever_a_look_takes(folder, monkeypatch, takes, looks):
     """By a clock that sleep moves: one second, and looks that take no longer than a thousandth of it, or twice that."""
     clock, over, look = [100.0], mmap.mmap(-1, 1), Watch._look
@@ -63,6 +63,22 @@ def test_it_looks_a_thousand_times_a_second_whatever_a_look_takes(folder, monkey
     monkeypatch.setattr(Watch, "_look", slow)
     counted, seconds = Watch(folder).until(over).split()
     assert abs(int(counted) - looks) <= 1 and float(seconds) == pytest.approx(1.0, abs=0.005)
+
+
+@pytest.mark.parametrize("refused", [None, PermissionError(1, "Operation not permitted")], ids=["may", "may not"])
+def test_it_runs_before_others_where_it_may(tmp_path, monkeypatch, refused):
+    """In its own process: a sleep that ends late is a look that is lost."""
+    asked = []
+
+    def ask(process, policy, parameters):
+        asked.append((process, policy, parameters.sched_priority))
+        if refused:
+            raise refused
+
+    monkeypatch.setattr(observer.os, "sched_setscheduler", ask)
+    monkeypatch.setattr(Watch, "until", lambda self, board: f"1 2.0\n{asked}")
+    watcher = Observer(tmp_path, tmp_path / "findings")
+    assert watcher.end() == (1, 2.0, [str([(0, os.SCHED_FIFO, 1)])]) and not asked
 
 
 def test_before_a_manifest_there_is_nothing_to_miss(tmp_path):
