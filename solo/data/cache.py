@@ -16,6 +16,7 @@ from rich.progress import track
 
 from solo.console import log, say
 from solo.data.decoding import BadImage
+from solo.data.reads import moving
 from solo.data.sources import Source
 from solo.files import own_folder
 from solo.reading import read_json
@@ -54,7 +55,7 @@ def decoded(source: Source, shape: tuple[int, ...], folder: Path | None = None) 
         log.warning("decoded images are not kept: %s; data.cache_dir=FOLDER keeps them elsewhere", error)
         return decode_all(source, shape)
     try:
-        kept = _open(folder / fingerprint, (len(source), *shape))
+        kept = moving(lambda: _open(folder / fingerprint, (len(source), *shape)), folder)
         if kept is None:
             say(f"decoding {len(source):,} images, once: they will be kept in {folder}")
             began = time.monotonic()

@@ -16,7 +16,7 @@ from solo.data.config import DataConfig
 from solo.data.decoding import convert_channels
 from solo.data.digits import colored_digits, digits
 from solo.data.hdf5 import open_hdf5
-from solo.data.reads import listed
+from solo.data.reads import listed, moving
 from solo.data.sources import (
     ArraySource,
     EncodedSource,
@@ -150,7 +150,7 @@ def _torchvision(
                 with FileLock(root / ".download.lock"):  # one process of a node fetches, the others find it there
                     data = dataset(str(root), **(train if train_part else test), download=True)
             else:
-                data = dataset(str(root), **(train if train_part else test))
+                data = moving(lambda: dataset(str(root), **(train if train_part else test)), root)
         except (RuntimeError, OSError) as error:
             if config.download:
                 raise ConfigError(f"{key}={root}: downloading {config.dataset} failed: {error}") from error
@@ -219,7 +219,8 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
     if not path.is_file():
         raise ConfigError(f"{key}={path} is not a file; data.dataset=npz reads one .npz file of encoded images")
     try:
-        data, offsets, labels, split, names = read_arrays(path, ("jpeg", "offsets", "labels", "split", "classes"))
+        arrays = ("jpeg", "offsets", "labels", "split", "classes")
+        data, offsets, labels, split, names = moving(lambda: read_arrays(path, arrays), path)
         kinds = "".join(array.dtype.kind for array in (offsets, labels, split, names))
         flat = all(array.ndim == 1 for array in (data, offsets, labels, split, names))
         if data.dtype != np.uint8 or not re.fullmatch("[iu]{3}U", kinds) or not flat:

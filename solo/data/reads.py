@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,15 +20,27 @@ T = TypeVar("T")
 _LOOKS = 8  # in the time that a read may take, so that it ends at most an eighth of it later
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}  # what a network file system may get over
 _WAITS = (0.05, 0.2, 1.0)  # seconds before each further try
-_reading: dict[int, tuple[object]] = {}  # what each thread is at; another tuple with each read, and with each entry of a folder
+_reading: dict[int, "_Read"] = {}  # what each thread is at; another one with each read, and with each entry of a folder
 _watched: WeakSet[threading.Event] = WeakSet()  # commands that have a watcher
 
 
-def noted(read: Callable[[], T], path: object) -> T:
+@dataclass(eq=False, slots=True)
+class _Read:
+    path: object
+    clock: int | None = None  # each of whose ticks is progress
+
+    def ticks(self) -> int:
+        try:
+            return 0 if self.clock is None else time.clock_gettime_ns(self.clock)
+        except OSError:  # of a thread that has ended since
+            return 0
+
+
+def noted(read: Callable[[], T], path: object, clock: int | None = None) -> T:
     """What ``read`` returns of a file, known to who `watch`es meanwhile."""
     thread = threading.get_ident()
     outer = _reading.get(thread)
-    _reading[thread] = (path,)
+    _reading[thread] = _Read(path, clock)
     try:
         return read()
     finally:
@@ -35,6 +48,15 @@ def noted(read: Callable[[], T], path: object) -> T:
             del _reading[thread]
         else:
             _reading[thread] = outer
+
+
+def moving(read: Callable[[], T], path: object) -> T:
+    """As `noted`, of what reads a file as a whole, however long that takes: what comes of it takes this thread processor time.
+
+    Where the system has no clock of that, nobody watches.
+    """
+    clock = getattr(time, "pthread_getcpuclockid", None)
+    return read() if clock is None else noted(read, path, clock(threading.get_ident()))
 
 
 def retried(read: Callable[[], T], path: Path) -> T:
@@ -69,7 +91,7 @@ def listed(folder: str | Path) -> tuple[list[str], list[str]]:
         others: list[str] = []
         with os.scandir(folder) as entries:
             for entry in entries:
-                _reading[thread] = (folder,)
+                _reading[thread] = _Read(folder)
                 (folders if _leads_to_folder(entry) else others).append(entry.name)
         return folders, others
 
@@ -118,15 +140,15 @@ def watch(seconds: float) -> None:
 
 def _look(seconds: float, over: threading.Event) -> None:
     """Looks are counted, not seconds: a process that stood still meanwhile has not waited for a file."""
-    before: dict[int, tuple[object]] = {}
+    before: dict[int, tuple[_Read, int]] = {}
     looks: dict[int, int] = {}
     while not over.wait(seconds / _LOOKS):
-        now = dict(_reading)
-        looks = {thread: looks.get(thread, 0) + 1 for thread, read in now.items() if read is before.get(thread)}
+        now = {thread: (read, read.ticks()) for thread, read in dict(_reading).items()}
+        looks = {thread: looks.get(thread, 0) + 1 for thread, seen in now.items() if seen == before.get(thread)}
         before = now
         for thread in looks:
             if looks[thread] >= _LOOKS:
-                _end(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0]}")
+                _end(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0].path}")
 
 
 def _end(problem: str) -> None:

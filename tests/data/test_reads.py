@@ -2,14 +2,18 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from solo import reading
 from solo.bench import processes
-from solo.data import check, pack, reads
+from solo.data import cache, check, datasets, pack, reads
+from solo.data.config import DataConfig
+from solo.data.sources import FakeSource
 from solo.errors import ConfigError, reported
 from solo.experiment import experiment
 from solo.run import pretrain
@@ -112,7 +116,7 @@ def test_each_entry_of_a_folder_is_progress(tmp_path: Path, monkeypatch: pytest.
         str(tmp_path / "a"): (["back"], [*[f"{i:04d}.png" for i in range(5)], "round"]),
         str(tmp_path / "b"): ([], ["0000.png"]),
     }
-    places = [str(note[0]) for note in notes]
+    places = [str(note.path) for note in notes]
     assert len({id(note) for note in notes}) == len(notes) == 3 + 8 + 2 and places.count(str(tmp_path / "a")) == 8
     assert not reads._reading
 
@@ -132,7 +136,7 @@ def test_one_read_seen_as_often_as_it_may_be(looks: int, told: int, monkeypatch:
     """The first look begins to count; a process that stood still meanwhile has looked no more often."""
     said: list[str] = []
     monkeypatch.setattr(reads, "_end", said.append)
-    monkeypatch.setattr(reads, "_reading", {1: (Path("x.png"),)})
+    monkeypatch.setattr(reads, "_reading", {1: reads._Read(Path("x.png"))})
     reads._look(8.0, Looks(*[lambda: False] * looks))
     assert said == ["rank 0: no answer within data.timeout=8 s from x.png"] * told
 
@@ -140,17 +144,17 @@ def test_one_read_seen_as_often_as_it_may_be(looks: int, told: int, monkeypatch:
 def test_many_short_reads_are_none_that_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one thread one after the other, also of the same file, beside another thread that stops reading."""
     monkeypatch.setattr(reads, "_end", lambda problem: pytest.fail(problem))
-    monkeypatch.setattr(reads, "_reading", {2: (Path("y.png"),)})
+    monkeypatch.setattr(reads, "_reading", {2: reads._Read(Path("y.png"))})
 
     def next_read() -> None:
-        reads._reading[1] = (Path(*["x.png"]),)
+        reads._reading[1] = reads._Read(Path("x.png"))
 
     reads._look(8.0, Looks(*[next_read] * 7, lambda: reads._reading.clear(), *[next_read] * 20))
 
 
 def test_what_is_read_is_noted_and_forgotten() -> None:
     seen = reads.noted(lambda: list(reads._reading.values()), Path("x.png"))
-    assert seen == [(Path("x.png"),)] and not reads._reading
+    assert [each.path for each in seen] == [Path("x.png")] and not reads._reading
     with pytest.raises(OSError):
         reads.noted(lambda: os.stat("/no/such"), Path("x.png"))
     assert not reads._reading
@@ -177,3 +181,81 @@ def test_a_command_watches_for_a_finite_time(seconds: str, tmp_path: Path) -> No
         check.main([str(tmp_path), "--timeout", seconds])
     with pytest.raises(ConfigError, match="^--timeout must be positive and finite"):
         pack.main([str(tmp_path), str(tmp_path / "x.h5"), "--timeout", seconds])
+
+
+def test_a_whole_file_may_take_long_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor time of the thread that reads: with any of it the looks begin anew, without it they count."""
+    said: list[str] = []
+    ticks, now = [7], reads._Read("x.npz", clock=3)
+    monkeypatch.setattr(reads, "_end", said.append)
+    monkeypatch.setattr(reads, "_reading", {1: now})
+    monkeypatch.setattr(reads.time, "clock_gettime_ns", lambda clock: ticks[0] * clock)
+
+    def moves() -> None:
+        ticks[0] += 1
+
+    reads._look(8.0, Looks(*[moves] * 30, *[lambda: False] * 7))
+    assert not said
+    reads._look(8.0, Looks(moves, *[lambda: False] * 8))
+    assert said == ["rank 0: no answer within data.timeout=8 s from x.npz"]
+
+
+def test_what_comes_of_a_file_takes_processor_time_and_waiting_takes_none(tmp_path: Path) -> None:
+    """Bytes of a pipe, in one read that has not ended yet."""
+    os.mkfifo(tmp_path / "x")
+    content: list[bytes] = []
+    reader = threading.Thread(target=lambda: content.append(reads.moving((tmp_path / "x").read_bytes, tmp_path / "x")))
+    reader.start()
+    with (tmp_path / "x").open("wb", buffering=0) as writer:
+        seen = []
+        for _ in range(3):
+            writer.write(b"x" * 4096)
+            seen.append(settled(reader))
+    reader.join()
+    assert content == [b"x" * 3 * 4096] and seen == sorted(set(seen)) and not reads._reading
+    assert reads._Read("x", clock=time.pthread_getcpuclockid(threading.get_ident())).ticks() > 0
+
+
+def settled(reader: threading.Thread) -> int:
+    """Ticks of what it is at, once they stand still."""
+    for _ in range(200):
+        before = reads._reading[reader.ident or 0].ticks()
+        time.sleep(0.02)
+        if before and reads._reading[reader.ident or 0].ticks() == before:
+            return before
+    return 0
+
+
+def kept(folder: Path) -> None:
+    source = FakeSource(cache.WORTH, 4, 2, 1, seed=0)
+    source.fingerprint = lambda: "x"  # type: ignore[attr-defined]
+    cache.decoded(source, (4, 4, 1), folder)
+
+
+def opened(dataset: str) -> Callable[[Path], object]:
+    return lambda path: datasets.DATASETS[dataset].open(DataConfig(dataset=dataset, train_path=str(path)), True)
+
+
+@pytest.mark.parametrize(("read", "stuck"), [
+    (opened("npz"), (reading.zipfile, "ZipFile")),
+    (opened("stl10"), (datasets.torchvision.datasets.STL10, "_check_integrity")),
+    (kept, (cache.np, "load")),
+], ids=["npz", "torchvision", "decoded images"])
+def test_a_whole_file_that_does_not_come(read: Callable[[Path], object], stuck: tuple[object, str], tmp_path: Path) -> None:
+    """As a hung file system has it: the process waits in one call, in which the interpreter goes on."""
+    place = tmp_path / "x"
+    if read is kept:
+        kept(place)
+    elif stuck[1] == "ZipFile":
+        place.write_bytes(b"x")
+    else:
+        place.mkdir()
+
+    def command() -> None:
+        setattr(*stuck, lambda *arguments, **options: threading.Event().wait())
+        with reported():
+            reads.watch(0.2)
+            read(place)
+
+    code, lines = ends(tmp_path, command)
+    assert (code, lines) == (5, [f"environment error: rank 0: no answer within data.timeout=0.2 s from {place}"])
