@@ -5,7 +5,7 @@ import pytest
 from solo.bench.chaos import campaign, plan
 from solo.bench.ordeal import Ordeal, reference
 
-SHORT = {"data": {"train_size": 32}, "max_epochs": 1}       # 4 steps
+SHORT = {"data": {"train_size": 32}, "max_epochs": 2}       # 8 steps
 THIRD, LAST = range(22, 35), range(35, 45)      # operations on files: the third save's, which removes the oldest; the last
 
 
@@ -20,7 +20,7 @@ def test_two_hundred_kills(tmp_path):
 @pytest.mark.slow
 def test_a_kill_before_each_operation_of_a_save(tmp_path):
     """Half-written, before fsync, rename, the folder's fsync, the manifest's, the removal of the oldest, the link."""
-    content = plan(tmp_path, **SHORT)
+    content = plan(tmp_path, **{**SHORT, "max_epochs": 1})
     truth = reference(content, tmp_path / "whole")
     for operation in (*THIRD, *LAST):
         run = Ordeal(content, tmp_path / str(operation), truth)
