@@ -199,6 +199,7 @@ def test_every_key_can_be_overridden_and_cfg_prints(cli, tmp_path):
     assert not errors and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_sweep_runs_each_value(cli, tmp_path):
     code, _, _ = cli("-m", "method_kwargs.temperature=0.1,0.3", "max_epochs=1")
     assert code == 0 and len(list((tmp_path / "runs").glob("*/last.ckpt"))) == 2

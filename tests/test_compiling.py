@@ -50,6 +50,7 @@ def test_no_compiler_is_one_line(monkeypatch):
         compile_networks(Case("nnclr").build(), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_names_stay():
     model = Case("all4one").build()
     names = list(model.state_dict())

@@ -75,6 +75,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", WRONG)
 def test_what_does_not_fit_is_refused_in_one_line(said, saved, tmp_path):
     state = copy.deepcopy(saved)

@@ -166,6 +166,7 @@ def test_unigrads_published_linear_evaluation_composes():
     assert (epochs, schedule.name, schedule.warmup_epochs, schedule.min_lr) == (90, "warmup_cosine", 0, 0)
 
 
+@pytest.mark.slow
 def test_commands_of_the_evaluation_page_compose():
     commands = re.findall(r"^python (main_\w+\.py) (.*)$", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.MULTILINE)
     assert len(commands) >= 8

@@ -31,6 +31,7 @@ def same(backbone, weights):
     assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, 512)
 
 
+@pytest.mark.slow
 def test_our_checkpoint_says_what_it_holds(tmp_path, weights):
     experiment = {"backbone": {"name": "resnet18", "stem": "auto"}, "augmentations": [{"crop_size": 32}]}
     state = {**prefixed("backbone.", weights), "projector.weight": torch.zeros(2)}
@@ -53,6 +54,7 @@ def test_our_checkpoint_says_what_it_holds(tmp_path, weights):
         export.load_backbone(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
 def test_solo_learn_checkpoints(tmp_path, weights, prefix):
     path = tmp_path / "all4one-ep=399.ckpt"
@@ -76,6 +78,7 @@ def test_transformer_encoder_alone_is_no_backbone(tmp_path):
         export.load_backbone(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_misfit_names_missing_and_unexpected_keys(tmp_path, weights):
     broken = {**prefixed("backbone.", weights), "backbone.extra.bias": torch.zeros(2)}
     del broken["backbone.bn1.weight"]
@@ -157,6 +160,7 @@ def test_a_safetensors_file_of_others(tmp_path, weights):
     same(export.load_backbone(tmp_path / "x.safetensors", {"name": "resnet18", "stem": "small"}), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, code, said", [
     (["none.ckpt", "x.safetensors"], 2, "config error: checkpoint=none.ckpt does not exist"),
     (["run", "x.pt"], 2, "config error: x.pt must end with .safetensors"),

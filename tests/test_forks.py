@@ -28,6 +28,7 @@ def new(words, **options):
     return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"start_new_session": True}], ids=["", "own session"])
 @pytest.mark.parametrize("last", ["x", "killed"])
 @pytest.mark.parametrize("words", [["program.py"], ["-m", "program"], ["-c", PROGRAM]], ids=["script", "module", "code"])

@@ -58,6 +58,7 @@ def test_nothing_a_run_writes_holds_a_secret(load, tmp_path, caplog):
     experiment(kept)                                                        # and it is a config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_secrets_were_hidden(load, caplog):
     caplog.set_level("INFO", "solo")
     first = pretrain(load())

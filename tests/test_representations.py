@@ -70,6 +70,7 @@ class Made(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["raw", "augmented", "local_std", "scattering"])
 def test_no_operation_makes_a_representation_whole(name):
     images = torch.randn(4, 3, 224, 224)

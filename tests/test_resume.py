@@ -144,6 +144,7 @@ def test_another_temperature_is_another_directory(tmp_path):
     assert one != experiment(values("nnclr", tmp_path)).run_dir(16)
 
 
+@pytest.mark.slow
 def test_never_starts_anew_and_keeps_the_old(tmp_path, traced, caplog):
     content = values("nnclr", tmp_path, max_epochs=1)
     run_dir = experiment(content).run_dir(8)
@@ -154,6 +155,7 @@ def test_never_starts_anew_and_keeps_the_old(tmp_path, traced, caplog):
     assert checkpoint.newest(run_dir.with_name(run_dir.name + ".old1") / "checkpoints") is not None
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, traced, caplog):
     content = values("nnclr", tmp_path, max_epochs=3)
     whole, losses = traced(content)
@@ -177,6 +179,7 @@ def test_no_valid_checkpoint_is_never_from_scratch(tmp_path, traced):
         traced(content)
 
 
+@pytest.mark.slow
 def test_a_lost_manifest_is_never_from_scratch(tmp_path, traced, caplog):
     content = values("nnclr", tmp_path, max_epochs=2)
     traced(content)
@@ -204,6 +207,7 @@ class Full(pl.Callback):
             self.monkeypatch.setattr(checkpoint, "save", full)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, traced, monkeypatch, caplog):
     """Saves fail after steps 3 and 4 and are tried again."""
     whole, _ = traced(values("nnclr", tmp_path / "whole", max_epochs=1))
@@ -214,6 +218,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, traced, monkeyp
     assert ["(1 of 3)" in warned[0], "(2 of 3)" in warned[1], len(warned)] == [True, True, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last", "kept"), [(3, 8, 2), (8, 8, 7)])
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint(tmp_path, traced, monkeypatch, first, last, kept):
     """After three saves in a row; at once where no other save would follow."""

@@ -105,6 +105,7 @@ def broken_off(tmp_path_factory):
     return folder / "kept", pretrain(experiment(content)).method.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", ["auto", "path", "earlier", "complete"])
 def test_a_checkpoint_is_verified_and_loaded_once(resume, broken_off, tmp_path, monkeypatch):
     """What was judged is what is trained on: behind its verdict, the file may be anything."""
@@ -153,6 +154,7 @@ def decided(rank, content, refuse):
         return type(error).__name__, str(error)
 
 
+@pytest.mark.slow
 def test_rank_zero_decides_for_all(tmp_path):
     content = values("nnclr", tmp_path, max_epochs=2, max_steps=12)
     pretrain(experiment(content))
@@ -238,6 +240,7 @@ REFUSED = "ConfigError rank 1 differs: the initial weights="
 NOTED = "alike note: rank 1 rounds the initial weights otherwise: B (rank 0: A)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "processors", "line"),
     [(0.0, "AA", "alike"), (0.0, "AB", "alike"), (1e-6, "AA", REFUSED), (1e-6, "AB", NOTED), (0.1, "AB", REFUSED)],
@@ -279,6 +282,7 @@ def held_alike(rank, change, code, runners):
     return "alike"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "code", "runners", "line"),
     [
@@ -307,6 +311,7 @@ def test_the_code_is_the_same_to_all_and_not_to_an_edited_copy(tmp_path, monkeyp
     assert start._code() != mine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, method, width", [
     ("lars", "all4one", 512), ("adamw", "all4one", 16), ("sgd", "simclr", 16),
 ], ids=["4 MB", "AdamW, 0.4 MB", "0.2 MB"])

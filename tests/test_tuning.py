@@ -98,6 +98,7 @@ def test_a_rate_is_not_sought_where_the_loss_has_diverged(monkeypatch, after):
     assert found.optimizer.lr * 8 / 256 < 1e-3 * 10 ** (4 * 15 / 20)
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_at_once_is_one_line(monkeypatch, caplog):
     with pytest.raises(NumericsError, match=r"^auto_lr: the loss diverges already at a rate of 0.0\d+: give optimizer.lr$"):
         scripted(monkeypatch, lambda step: 10.0**step)
@@ -129,6 +130,7 @@ def test_the_same_command_continues_its_run(place, monkeypatch, caplog):
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(continued).items())
 
 
+@pytest.mark.slow
 def test_what_a_search_depends_on_names_its_record(monkeypatch):
     path = lambda **changes: tuning._record(experiment(values("nnclr", "runs", **changes)), ["auto_lr"])  # noqa: E731
     base = path(auto_lr=True)

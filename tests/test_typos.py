@@ -170,6 +170,7 @@ def test_what_a_timm_builder_knows_beside_the_model_is_taken():
     assert {module.eps for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meant", list(REPRESENTATIONS))
 def test_a_slip_in_the_name_of_a_representation(meant):
     for typed in sorted({*slips(meant, "e")} - {*REPRESENTATIONS, ""}):

@@ -46,6 +46,7 @@ def life(tmp_path, monkeypatch):
     return of
 
 
+@pytest.mark.slow
 def test_a_full_disk_excuses_no_later_end(life):
     run = life(10, EnvironmentFault("no reason"))
     assert run.starts() and soak.FAULT[FULL_DISKS](run, random.Random(0)) == (FULL_DISKS, True)

@@ -111,6 +111,7 @@ def test_the_table_and_the_picture(badset: Path, tmp_path: Path, capsys: pytest.
         assert image.format == "PNG" and image.width > 1000
 
 
+@pytest.mark.slow
 def test_exit_codes(badset: Path, tmp_path: Path) -> None:
     def code(error: type[Exception], *arguments: str) -> str:
         with pytest.raises(error) as caught:

@@ -101,6 +101,7 @@ def test_colours_are_the_references(name: str, levels: dict[str, np.ndarray]) ->
     assert different.mean() <= (1e-4 if ALONE[name].solarization.prob else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CROPS)
 def test_crops_are_the_references_but_for_their_border(name: str, levels: dict[str, np.ndarray]) -> None:
     """Bicubic repeats the outermost pixels where the reference weighs only those inside, and a small crop is all border.
@@ -143,6 +144,7 @@ def test_the_numbers_are_the_references(source: FolderSource, monkeypatch: pytes
         assert all(np.array_equal(getattr(mine, part), getattr(theirs, part)) for part in vars(mine))
 
 
+@pytest.mark.slow
 def test_batches_are_the_references(source: FolderSource) -> None:
     """Whatever kind of file an image is, on any number of threads, in any batch: the same image, index and label."""
     slow = list(TorchvisionEngine(job(source, num_workers=0)).batches(PLAN))

@@ -139,6 +139,7 @@ def job(n: int = 48, **config: object) -> Job:
 PLAN = [Slot(2, np.arange(i, i + 8)[::-1].copy()) for i in range(0, 48, 8)]
 
 
+@pytest.mark.slow
 def test_batches_are_equal_whoever_makes_them(kernel: str) -> None:
     quick = list(SmallEngine(job(kernel=kernel)).batches(PLAN))
     for workers in (0, 2):

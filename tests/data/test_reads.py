@@ -27,6 +27,7 @@ def ends(tmp_path: Path, body: Callable[[], object]) -> tuple[int, list[str]]:
     return os.waitstatus_to_exitcode(status), (tmp_path / "log").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "size", "looked_at"), [
     ("fast", (16, 16), False), ("torchvision", (20, 24), False), ("fast", (16, 16), True),
 ], ids=["decoding small images at the start", "a batch", "the first look"])

@@ -56,6 +56,7 @@ class Deadly(FakeSource):
         return super().load(i)
 
 
+@pytest.mark.slow
 def test_what_a_stuck_worker_was_at_is_named() -> None:
     data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
     data._train = Slow(64, 32, 10, 3, seed=0)
@@ -124,6 +125,7 @@ def test_a_worker_that_no_kill_ends_is_left_behind(monkeypatch: pytest.MonkeyPat
         worker.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "said"), [(Slow, "data.timeout=0.5"), (Deadly, "data.num_workers")])
 def test_a_hung_or_killed_worker_stops_the_run(source: type[FakeSource], said: str) -> None:
     data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)
@@ -203,6 +205,7 @@ def refusing(number: int) -> Callable[..., None]:
     return refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "said"), [(Slow, "no batch .* within data.timeout=0.5 s$"), (Deadly, "worker ended")])
 def test_clean_images_are_waited_for_no_longer(source: type[FakeSource], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = module(1, dataset="fake", engine="torchvision", num_workers=1, timeout=0.5)

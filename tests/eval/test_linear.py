@@ -110,6 +110,7 @@ def test_rate_follows_the_schedule():
     assert model.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3.0 * 8 / 256 * 0.1)
 
 
+@pytest.mark.slow
 def test_finetuning_with_mixup_layer_decay_and_unlabelled_images():
     backbone = backbones.build(BackboneConfig(**NARROW), in_chans=1, image_size=16)
     model = train_toy(backbone, finetune=True, mixup=0.8, cutmix=1.0, label_smoothing=0.1, layer_decay=0.5,

@@ -207,6 +207,7 @@ def infonce_part(rank, a, b, world):
     return loss.item(), [grad.numpy() for grad in grads], counted.calls, counted.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("world", [2, 4])
 def test_simclr_on_ranks_is_one_process(world, dtype, tolerance):

@@ -138,6 +138,7 @@ def joint_part(rank, name, z1, z2, world):
     return loss.item(), [grad.numpy() for grad in grads], counted.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("form", SHAPES)

@@ -48,6 +48,7 @@ class Claims(NNCLR):
     local_terms = {"loss": 1.0}         # but its negatives come from all ranks
 
 
+@pytest.mark.slow
 def test_a_local_term_must_be_local():
     with pytest.raises(AssertionError, match=r"\(local\) on rank 0 of 2 differs"):
         ranks_equal_one(Case("tests.methods.test_base:Claims"))

@@ -188,6 +188,7 @@ def test_real_optimizer_steps_drive_the_schedule(tmp_path):
     assert rates_of_two_epochs(0, 1, tmp_path) == pytest.approx(due)
 
 
+@pytest.mark.slow
 def test_real_optimizer_steps_of_two_processes_drive_the_schedule(tmp_path):
     due = [warmup_cosine(t, 4, 2, 0.002, 1e-6, 1e-6) for t in range(4)]
     for rates in run_ranks(rates_of_two_epochs, 2, tmp_path):
