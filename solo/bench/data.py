@@ -44,6 +44,7 @@ SIZES = (5_000, 50_000)
 _STEP = 0.02  # seconds a training step is taken to last
 _OURS, _THEIRS = 8192, 384  # images of one measurement: about as long for both
 _TIMES = 4  # as many views, as in multi-crop
+_ROUNDS = 3  # of short measurements for each pair of long ones
 _LOOKED_AT = 4096  # images whose views are held to a peer's
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     else:
         rows = compare(data.job, arguments.pairs, data.batch_size)
         rows += first_batch(data, epochs=arguments.pairs)
-        rows += flatness(data.job, rounds=arguments.pairs)
+        rows += flatness(data.job, rounds=_ROUNDS * arguments.pairs)
         rows.append(many_views(data.job, arguments.pairs, data.batch_size))
     print(table(rows), flush=True)
     if not arguments.no_step and not other:
@@ -213,7 +214,7 @@ def _wait(loader: TrainLoader) -> float:
 
 
 def flatness(job: Job, rounds: int) -> list[Row]:
-    """Rates over batch sizes and dataset sizes, in turn; with the whole range over their median."""
+    """Rates over batch sizes and dataset sizes, in turn, and their range: of parts of a round's median, as clocks change."""
     pixels = _array(job)
     works = {f"batch {size:,}": engine_work(job, job.config.kernel, size, max(_OURS, size)) for size in BATCHES}
     for size in SIZES:
@@ -222,11 +223,10 @@ def flatness(job: Job, rounds: int) -> list[Row]:
         works[f"{size:,} images"] = engine_work(replace(job, source=source), job.config.kernel, 256, _OURS)
     for work in works.values():
         work()
-    measured = [{name: rate(work) for name, work in works.items()} for _ in range(rounds)]
-    medians = {name: statistics.median(one[name] for one in measured) for name in works}
-    rows = [Row("Dx", name, value, "images/CPU-s") for name, value in medians.items()]
-    spread = (max(medians.values()) - min(medians.values())) / statistics.median(medians.values())
-    return [*rows, Row("Dx", "whole range over the median", 100 * spread, "%")]
+    measured = np.array([[rate(work) for work in works.values()] for _ in range(rounds)])           # [rounds, works]
+    rows = [Row("Dx", name, float(value), "images/CPU-s") for name, value in zip(works, np.median(measured, 0), strict=True)]
+    parts = np.median(measured / np.median(measured, 1, keepdims=True), 0)                          # [works]
+    return [*rows, Row("Dx", "whole range over the median", 100 * float(np.ptp(parts)), "%")]
 
 
 def many_views(job: Job, pairs: int, batch_size: int) -> Row:
