@@ -284,7 +284,7 @@ def _guard(step: Step, images_per_second: float, batch: int) -> Row:
     """The share of a step that `FiniteGuard` takes to look at the loss and at every gradient."""
     step()
     guard, loss = FiniteGuard(), torch.zeros(())
-    trainer: Any = argparse.Namespace(precision_plugin=None)
+    trainer: Any = argparse.Namespace(precision_plugin=None, model=step.model)
 
     def look() -> int:
         for _ in range(20):
