@@ -5,7 +5,7 @@ from traceback import walk_tb
 
 from solo.errors import EnvironmentFault, SoloError
 
-_SILENT = re.compile(r"rank [^:]+: no answer: |rank 0 no longer answers")       # in the words of `solo.peers`
+_SILENT = re.compile(r"rank [^:]+: no answer: |(rank 0|torchrun) no longer answers")       # in the words of `solo.peers`
 
 
 def awaited(error: SoloError) -> str:

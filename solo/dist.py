@@ -98,7 +98,7 @@ def gather_packed(*tensors: Tensor) -> list[Tensor]:
     everything = [*tensors, *(tensor for later in waiting for tensor in later.own)]
     if len(everything) == 1:
         return [_all_gathered(tensors[0])]
-    flat = [tensor.reshape(1, -1).contiguous().view(torch.uint8) for tensor in everything]
+    flat = [tensor.clone(memory_format=torch.contiguous_format).view(1, -1).view(torch.uint8) for tensor in everything]
     parts = _all_gathered(torch.cat(flat, dim=1)).split([each.shape[1] for each in flat], dim=1)    # [world, bytes] each
     found = [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, everything, strict=True)]
     rest = iter(found[len(tensors) :])

@@ -1,12 +1,13 @@
 """A failure of one process is the failure of all: told once, by rank 0 where it can, and every process leaves."""
 
 import json
+import os
 import re
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,7 +21,10 @@ T = TypeVar("T")
 # What gloo, NCCL and the store say where another process is gone or late.
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
 _GRACE = 2.5        # seconds that those who noticed have to say that they live
-_LOOKS = 8          # in the time that rank 0 has to answer
+_LOOKS = 8          # in the time that an answer may take
+_BEAT = 1.0         # seconds from one sign of life to the next
+
+_SUSPENDED = "no longer answers: it was suspended, or its machine cannot be reached"
 
 _limit = 60.0       # seconds of a collective, and of an answer of the group's store
 
@@ -36,8 +40,8 @@ def set_timeout(seconds: float) -> None:
 def answered(call: Callable[[], T], seconds: float) -> T:
     """What a call to the group's store returns: a thread of its own waits for it, and may be left behind.
 
-    The store lives in rank 0, and torch waits for its answer without a limit: the system may have suspended that process.
-    Looks are counted, not seconds: where this process stood still meanwhile, it has not waited.
+    The store lives in rank 0, or in torchrun's agent, and torch waits for its answer without a limit: the system may have
+    suspended that process. Looks are counted, not seconds: where this process stood still meanwhile, it has not waited.
 
     Raises:
         Unanswered: after ``seconds``.
@@ -58,7 +62,8 @@ def answered(call: Callable[[], T], seconds: float) -> T:
     if failed:
         raise failed[0]
     if not found:
-        raise Unanswered("rank 0 no longer answers: it was suspended, or its machine cannot be reached")
+        of_an_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        raise Unanswered(f"{'torchrun' if of_an_agent else 'rank 0'} {_SUSPENDED}")
     return found[0]
 
 
@@ -95,18 +100,42 @@ def turn_of_first(name: str, seconds: float) -> Iterator[None]:
     Args:
         name: used once.
         seconds: how long the others wait, which may be longer than a collective.
+
+    Raises:
+        Unanswered: on the others, where rank 0 gives no sign of life for as long as a collective may take.
     """
     if world_size() == 1:
         yield
         return
-    store = _Store("solo/turn")
+    store, over = _Store("solo/turn"), threading.Event()
+    if rank() == 0:
+        threading.Thread(target=_beat, args=(store, f"{name}/beats", over), daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         if rank() == 0:
             store.set(name, "")
         else:
-            _until(lambda: store.check([name]), seconds)
+            _await_first(store, name, seconds)
+
+
+def _beat(store: "_Store", name: str, over: threading.Event) -> None:
+    with suppress(Exception):               # who waits for the beats notices
+        while not over.wait(_BEAT):
+            store.add(name, 1)
+
+
+def _await_first(store: "_Store", name: str, seconds: float) -> None:
+    """Until rank 0 is done; looks are counted, as of what is `answered`."""
+    beats, still, deadline = -1, 0, time.monotonic() + seconds
+    while not _until(lambda: store.check([name]), min(_limit / _LOOKS, deadline - time.monotonic())):
+        if time.monotonic() >= deadline:
+            return
+        before, beats = beats, store.add(f"{name}/beats", 0)
+        still = still + 1 if beats == before else 0
+        if still >= _LOOKS:
+            raise Unanswered(f"rank 0 {_SUSPENDED}")
 
 
 class Flag:
@@ -178,7 +207,11 @@ class _Word:
             late = re.search("[Tt]imed? ?out", str(error))
             return self._followed(_GRACE if late else 0.3)      # where a connection closed, the lost one is dead
         except Unanswered as silent:
-            return error if isinstance(error, SoloError) else silent
+            if isinstance(error, SoloError):
+                return error
+            if not _LOST.search(str(error)):
+                traceback.print_exception(error)                # nobody else will
+            return silent
         except (RuntimeError, OSError):                         # the store lives in rank 0
             return Unanswered("rank 0 no longer answers: it was killed or lost its connection")
 

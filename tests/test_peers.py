@@ -1,6 +1,7 @@
 """A store that gives no answer, as that of a first process which the system has suspended, is given up."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -39,14 +40,83 @@ def test_who_waits_in_it_leaves(silent, wait):
         wait()
 
 
+@pytest.mark.parametrize("agent", ["False", "True"])
+def test_who_is_silent_is_who_has_the_store(silent, monkeypatch, agent):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    with pytest.raises(Unanswered, match="^torchrun no longer" if agent == "True" else "^rank 0 no longer"):
+        peers.Flag("signal").up(False)
+
+
+class Kept:
+    """A store that answers, as torchrun's does whatever becomes of rank 0."""
+
+    def __init__(self, *_):
+        self.values = {}
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+    def set(self, key, value):
+        self.values[key] = value
+
+    def add(self, key, amount):
+        self.values[key] = self.values.get(key, 0) + amount
+        return self.values[key]
+
+
+@pytest.fixture
+def kept(silent, monkeypatch):
+    store = Kept()
+    monkeypatch.setattr(peers, "_Store", lambda prefix: store)
+    monkeypatch.setattr(peers, "_BEAT", 0.005)
+    return store
+
+
+def test_a_first_process_that_gives_no_sign_of_life_in_a_save_is_given_up(kept):
+    with pytest.raises(Unanswered, match="rank 0 no longer answers: it was suspended"), peers.turn_of_first("save 1", 60.0):
+        pass
+
+
+def test_a_long_save_is_waited_for(kept, monkeypatch):
+    """As long as its process lives; a beat is no progress, so there is an end all the same."""
+    looks = []
+
+    def until(holds, seconds):
+        looks.append(seconds)
+        kept.add("save 1/beats", 1)
+        if len(looks) == 100:
+            kept.set("save 1", "")
+        return holds()
+
+    monkeypatch.setattr(peers, "_until", until)
+    with peers.turn_of_first("save 1", 60.0):
+        pass
+    assert len(looks) == 100
+    with peers.turn_of_first("save 2", -1.0):
+        pass
+
+
+def test_the_first_process_gives_signs_of_life_until_it_is_done(kept, monkeypatch):
+    monkeypatch.setattr(peers, "rank", lambda: 0)
+    with peers.turn_of_first("save 1", 60.0):
+        while kept.values.get("save 1/beats", 0) < 3:
+            time.sleep(0.005)
+    assert "save 1" in kept.values
+    time.sleep(0.02)
+    beats = kept.values["save 1/beats"]
+    time.sleep(0.05)
+    assert kept.values["save 1/beats"] == beats
+
+
 @pytest.mark.parametrize(("failure", "said"), [
     (RuntimeError("gloo: Timed out waiting 8000ms"), Unanswered), (ValueError("boom"), Unanswered),
     (DataError("too many damaged images"), DataError), (SystemExit(0), Unanswered),
 ], ids=["a collective", "an error", "an error of ours", "a way out that rank 0 was to speak for"])
-def test_a_failure_of_another_kind_meanwhile(silent, failure, said):
-    """Our own error is said all the same: nobody else will."""
+def test_a_failure_of_another_kind_meanwhile(silent, failure, said, capsys):
+    """It is said all the same: nobody else will."""
     with pytest.raises(said) as caught, peers.together(8.0):
         raise failure
+    assert ("ValueError: boom" in capsys.readouterr().err) == isinstance(failure, ValueError)
     assert isinstance(failure, SoloError) or str(caught.value).startswith("rank 0 no longer answers")
 
 

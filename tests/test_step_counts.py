@@ -178,6 +178,15 @@ def test_one_collective_for_tensors_of_any_types():
     ]
 
 
+def _one_row(which):
+    x, later = torch.arange(4.0).view(1, 4) + 10 * which, Later(torch.tensor([which]))
+    return gather_packed(x[:, 2])[0].tolist(), later()[0].tolist()
+
+
+def test_one_number_with_a_stride_takes_others_along():
+    assert run_ranks(_one_row) == [([2, 12], [0, 1])] * 2
+
+
 def _with_the_next(which):
     """What waits, and the messages: of a gathering that takes two along, of answers that are there, of one that is not."""
     keys, labels, more = torch.randn(3, 2) + 10 * which, torch.arange(3) - which, torch.full((3,), 7 + which)

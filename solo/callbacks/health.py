@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from solo.errors import NumericsError
 from solo.nn import Queue
 
 log = logging.getLogger(__name__)
+_FIRST = 0.5        # seconds that rank 0 has to be the one who speaks
 
 
 @dataclass(kw_only=True)
@@ -67,12 +69,14 @@ class FiniteGuard(Callback):
         agreement: what else the ranks tell each other at the same time.
 
     Raises:
-        NumericsError: naming method, step (counted from 1 as the loggers count), rate and tensors; these are rank 0's.
+        NumericsError: naming method, step (counted from 1 as the loggers count), rate and tensors; these are rank 0's, but
+            where only another rank's gradient is broken, behind DDP's sum.
     """
 
     def __init__(self, agreement: Agreement | None = None) -> None:
         self.agreement = agreement or Agreement()
         self._bad: Tensor | None = None
+        self._reduced = False
         self._batch: Any = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -81,7 +85,8 @@ class FiniteGuard(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss.detach())
         self._bad = bad if self._bad is None else self._bad | bad
-        if isinstance(trainer.model, DistributedDataParallel) and pl_module.automatic_optimization:
+        self._reduced = isinstance(trainer.model, DistributedDataParallel) and pl_module.automatic_optimization
+        if self._reduced:
             self.agreement.send(loss=self._bad)     # DDP will give all ranks one gradient, of which they need not tell
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -97,12 +102,16 @@ class FiniteGuard(Callback):
             names = not_finite(self._batch, pl_module)
             tensors = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             tensors = tensors or f"the {'norm of the ' * (what == 'gradient')}{what} alone"
-            end_together(NumericsError(
+            error = NumericsError(
                 f"non-finite {what} of {type(pl_module).__name__} at step {step + 1} (epoch {trainer.current_epoch + 1}, "
                 f"lr {optimizer.param_groups[0]['lr']:.3g}; not finite: {tensors}): "
                 f"stopped before the update, so the weights are those of step {step}; "
                 "lower optimizer.lr, lengthen scheduler.warmup_epochs, or set precision=32-true"
-            ))
+            )
+            if what == "gradient" and self._reduced and rank():
+                time.sleep(_FIRST)          # rank 0 has found the same, but for what broke the gradient behind DDP's sum
+                raise error
+            end_together(error)
         self._batch = None
 
 

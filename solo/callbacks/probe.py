@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from solo.batch import Batch
-from solo.dist import all_reduce, sum_later
+from solo.dist import all_reduce, sum_later, world_size
 from solo.schedules import cosine
 
 
@@ -94,14 +94,14 @@ class OnlineProbe(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         feats: Any = pl_module.feats
-        if self._sum is None and len(feats):
+        if world_size() > 1 and self._sum is None and len(feats):
             self._sum = sum_later(self._packed(*_rows(feats, self._labels)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         lr = cosine(max(trainer.global_step - 1, 0) / self._total_steps, self.lr, 0.0)
-        if self._sum is None:           # of a method whose `training_step` is its own
+        if self._sum is None:           # of one process, or of a method whose `training_step` is its own
             self.step_scalars = self.update(*_rows(outputs["feats"], batch.labels), lr)
         else:
             self.step_scalars = self._step(self._sum(), lr)
