@@ -15,7 +15,7 @@ def awaited(error: SoloError) -> str:
         error: of `solo.peers.together`.
 
     Returns:
-        E.g. ``all_reduce for solo.agreement.of_each_rank``, or ``the group's store for solo.callbacks.signals.asked``; empty
+        E.g. ``all_gather_into_tensor for solo.agreement.reach``, or ``the group's store for solo.callbacks.signals.asked``; empty
         where the error is another, or came out of neither.
     """
     silent = isinstance(error, EnvironmentFault) and _SILENT.match(str(error))
