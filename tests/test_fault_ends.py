@@ -269,7 +269,6 @@ def saved(tmp_path_factory):
     return pretrain(experiment(values("nnclr", folder, **QUIET, max_epochs=2, max_steps=8))).run_dir
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_ends_with_its_code_and_line(name, saved, tmp_path, monkeypatch, capfd):
     act, code, said = FAULTS[name]
