@@ -279,20 +279,21 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     try:
         if path.is_file():
             return path
+        near = checkpoints_near(path)
+        if not path.exists():
+            name = re.compile(re.escape(path.name) + "-[0-9a-f]{8}")
+            runs = sorted(run for run in path.parent.glob("*") if name.fullmatch(run.name))
+            if len(runs) > 1:
+                newest_first = [run for run in near if run in runs]
+                raise ConfigError(f"{key}={path} could be {few(list(dict.fromkeys(newest_first + runs)))}: name one")
+            path = runs[0] if runs else path
+        is_folder = path.is_dir()
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be reached: {error.strerror}") from error
-    near = checkpoints_near(path)
-    if not path.exists():
-        name = re.compile(re.escape(str(path)) + "-[0-9a-f]{8}")
-        runs = [run for run in near if name.fullmatch(str(run))]
-        if len(runs) > 1:
-            raise ConfigError(f"{key}={path} could be {few(runs)}: name one")
-        path = runs[0] if runs else path
-    if path.is_dir():
-        for folder in (path / "checkpoints", path):
-            if found := newest(folder):
-                return found
-    problem = "holds no checkpoint itself" if path.is_dir() else "does not exist"
+    for folder in (path / "checkpoints", path) if is_folder else ():
+        if found := newest(folder):
+            return found
+    problem = "holds no checkpoint itself" if is_folder else "does not exist"
     raise ConfigError(f"{key}={path} {problem}{there(near)}")
 
 

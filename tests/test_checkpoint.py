@@ -315,6 +315,11 @@ def test_a_run_is_found_by_file_directory_and_name(tmp_path):
         checkpoint.resolve(tmp_path / "quick")
     with pytest.raises(ConfigError, match="does not exist"):
         checkpoint.resolve(tmp_path / "slow")
+    checkpoint.save(content(), tmp_path / "copied-0123abcd" / "step-1.ckpt")
+    assert checkpoint.resolve(tmp_path / "copied") == tmp_path / "copied-0123abcd" / "step-1.ckpt"
+    checkpoint.save(content(), tmp_path / "copied-99999999" / "checkpoints" / "step-1.ckpt")
+    with pytest.raises(ConfigError, match="could be .*copied-99999999, .*copied-0123abcd: name one"):
+        checkpoint.resolve(tmp_path / "copied")
 
 
 def test_what_is_near_a_wrong_path_is_offered(tmp_path):
