@@ -279,12 +279,11 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
     try:
         if path.is_file():
             return path
-        near = checkpoints_near(path)
         if not path.exists():
             name = re.compile(re.escape(path.name) + "-[0-9a-f]{8}")
             runs = sorted(run for run in path.parent.glob("*") if name.fullmatch(run.name))
             if len(runs) > 1:
-                newest_first = [run for run in near if run in runs]
+                newest_first = [run for run in checkpoints_near(path) if run in runs]
                 raise ConfigError(f"{key}={path} could be {few(list(dict.fromkeys(newest_first + runs)))}: name one")
             path = runs[0] if runs else path
         is_folder = path.is_dir()
@@ -294,7 +293,7 @@ def resolve(path: str | Path, key: str = "checkpoint") -> Path:
         if found := newest(folder):
             return found
     problem = "holds no checkpoint itself" if is_folder else "does not exist"
-    raise ConfigError(f"{key}={path} {problem}{there(near)}")
+    raise ConfigError(f"{key}={path} {problem}{there(checkpoints_near(path))}")
 
 
 def read(path: str | Path, verified: bool = False) -> dict[str, Any]:

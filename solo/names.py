@@ -1,7 +1,10 @@
 """What somebody who mistyped a name most likely meant."""
 
 import difflib
+import os
+import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from os.path import commonprefix
 from pathlib import Path
 
@@ -35,13 +38,26 @@ def there(names: Sequence[object]) -> str:
 
 
 def checkpoints_near(path: Path) -> list[Path]:
-    """Other checkpoints and the runs in the nearest folder there is, or in the one around it; the newest first."""
-    folder = next((place for place in (path, *path.parents) if place.is_dir()), Path())
+    """Other checkpoints and the runs in the nearest folder there is, or in the one around it; the newest first.
+
+    For messages: what cannot be looked at is left out, as is all of the root, where a wrong path may be nearest to it.
+    """
+    folder = next((place for place in (path, *path.parents) if os.path.isdir(place)), Path())
     return _checkpoints_in(folder, path) or _checkpoints_in(folder.parent, path)
 
 
 def _checkpoints_in(folder: Path, but: Path) -> list[Path]:
-    files = {file: file for file in folder.glob("*.ckpt") if file != but}
-    files |= {file.parent.parent: file for file in sorted(folder.glob("*/checkpoints/*.ckpt"))}
-    ages = {name: (file.stat().st_mtime, name) for name, file in files.items() if file.is_file()}
+    files: dict[Path, Path] = {}
+    with suppress(OSError):
+        if (place := folder.resolve()) != place.parent:
+            files |= {file: file for file in folder.glob("*.ckpt") if file != but}
+            files |= {file.parent.parent: file for file in sorted(folder.glob("*/checkpoints/*.ckpt"))}
+    ages = {name: (age, name) for name, file in files.items() if (age := _age(file)) is not None}
     return sorted(ages, key=ages.__getitem__, reverse=True)
+
+
+def _age(file: Path) -> float | None:
+    with suppress(OSError):             # its run may have just removed it
+        found = file.stat()
+        return found.st_mtime if stat.S_ISREG(found.st_mode) else None
+    return None

@@ -322,30 +322,6 @@ def test_a_run_is_found_by_file_directory_and_name(tmp_path):
         checkpoint.resolve(tmp_path / "copied")
 
 
-def test_what_is_near_a_wrong_path_is_offered(tmp_path):
-    """Three names, the newest first, a run by its folder; also below a folder of runs and beside a folder without any."""
-    runs = [tmp_path / "runs" / f"quick-{i:08d}" for i in range(5)]
-    for age, run in enumerate(runs):
-        for step in (1, 2):
-            checkpoint.save(content(step), run / "checkpoints" / f"step-{step}.ckpt")
-            os.utime(run / "checkpoints" / f"step-{step}.ckpt", (10**9, 10**9 - 100 * age + step))
-    (tmp_path / "runs" / "report").mkdir()
-    newest = f"{runs[0]}, {runs[1]}, {runs[2]} and 2 more"
-    inside = ", ".join(str(runs[4] / "checkpoints" / f"step-{step}.ckpt") for step in (2, 1))
-    for path, said in (
-        (tmp_path / "runs", f"holds no checkpoint itself (there: {newest})"),
-        (tmp_path / "runs" / "report", f"holds no checkpoint itself (there: {newest})"),
-        (tmp_path / "runs" / "slow", f"does not exist (there: {newest})"),
-        (tmp_path / "runs" / "slow" / "last.ckpt", f"does not exist (there: {newest})"),
-        (runs[4] / "checkpoints" / "none.ckpt", f"does not exist (there: {inside})"),
-        (tmp_path / "runs" / "quick", f"could be {newest}: name one"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            checkpoint.resolve(path, "resume")
-        assert str(caught.value) == f"resume={path} {said}"
-    assert checkpoint.resolve(runs[4]) == runs[4] / "checkpoints" / "step-2.ckpt"
-
-
 def test_a_path_that_may_not_be_looked_at_is_one_line(tmp_path, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
