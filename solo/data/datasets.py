@@ -176,7 +176,7 @@ def _folder(config: DataConfig, train: bool) -> Source | None:
     elif config.val_path is not None:
         root, key = Path(config.val_path), "data.val_path"
     else:
-        found = found or (_evaluation_folders(root.parent) if root.name == "train" else [])
+        found = found or (_beside(root) if root.name == "train" else [])
         if not found:
             return None
         if len(found) > 1:
@@ -184,6 +184,15 @@ def _folder(config: DataConfig, train: bool) -> Source | None:
             raise ConfigError(f"{found[0].parent} holds {names}: name one, data.val_path=...")
         root = found[0]
     return FolderSource(root, config.in_chans or 3, key, labelled=not config.no_labels)
+
+
+def _beside(train: Path) -> list[Path]:
+    try:
+        return _evaluation_folders(train.parent)
+    except DataError:               # its own images can be read all the same
+        say(f"note: no folder to validate on was looked for beside {train}, as {train.parent} cannot be listed: "
+            "data.val_path=FOLDER names one")
+        return []
 
 
 def _evaluation_folders(root: Path) -> list[Path]:

@@ -75,6 +75,22 @@ def test_a_neighbour_that_cannot_be_listed_is_refused_where_it_is_to_evaluate_on
     assert f"{tmp_path}/test cannot be listed" in refused(tmp_path)
 
 
+def test_a_folder_around_the_images_that_cannot_be_listed_is_not_looked_through(
+    tmp_path: Path, closed: dict[str, list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path / "all", {"train/a": 8, "train/b": 8, "val/a": 4, "val/b": 4})
+    closed |= {"all": [EACCES] * 9}
+    caplog.set_level("INFO", "solo")
+    data = folder(tmp_path / "all" / "train")
+    assert len(data.labels) == 16 and data.val_dataloader() == []
+    (note,) = [record.getMessage() for record in caplog.records if "note: " in record.getMessage()]
+    assert note == (f"note: no folder to validate on was looked for beside {tmp_path}/all/train, as {tmp_path}/all "
+                    "cannot be listed: data.val_path=FOLDER names one")
+    caplog.clear()
+    assert folder(tmp_path / "all" / "train", val_path=str(tmp_path / "all" / "val")).val_dataloader() != []
+    assert "note: " not in caplog.text
+
+
 def test_files_that_only_pretend_to_be_images(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for i in range(10):
