@@ -98,6 +98,21 @@ def test_numbers_and_what_lists_and_blocks_hold_are_secrets_too_and_counts_are_n
                                 "credentials": {"user": HIDDEN, "n": [HIDDEN]}}
 
 
+def test_what_a_backbone_is_built_from_again_is_shown(tmp_path):
+    """(hidden) would be taken for true. Whole words are secrets, and not those that a model's tokens are called by."""
+    kwargs = {"class_token": 0, "cls_token": "learned", "summary_token": 1, "reg_tokens": 4, "num_tokens": "4",
+              "token_mixers": ["a", "b"], "token_dim": "8", "tokenizer": {"kind": "bpe"}, "class_tokens": ["x"],
+              "token": {"dim": 8}}
+    bound = experiment(values("nnclr", tmp_path))
+    bound.backbone.kwargs = kwargs
+    assert bound.record()["backbone"]["kwargs"] == redacted({"kwargs": kwargs})["kwargs"] == kwargs
+
+
+def test_the_block_that_a_key_stands_in_says_what_it_opens():
+    secret = {"wandb": {"key": WRITTEN}, "auth": {"key": 12345}, "api": {"keys": [WRITTEN]}, "api-key": WRITTEN}
+    assert redacted(secret) == {"wandb": {"key": HIDDEN}, "auth": {"key": HIDDEN}, "api": {"keys": [HIDDEN]}, "api-key": HIDDEN}
+
+
 def test_words_of_the_schema_stay_so_that_a_checkpoint_says_what_it_holds(tmp_path, monkeypatch):
     """Also where another key took the same word out of the environment."""
     monkeypatch.setattr(redaction, "_from_environment", {})
@@ -144,7 +159,7 @@ def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkey
 
 def test_keys_called_like_a_secret():
     hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials",
-              "wandb_key")
+              "wandb_key", "tokens", "AuthToken", "github-token", "personal_access_token", "hf_token_2")
     shown = ("key", "keys", "pooling_key", "name", "pass_through", "monkey", "epochs")
     content = redacted({key: "text" for key in (*hidden, *shown)})
     assert {key for key, value in content.items() if value == HIDDEN} == set(hidden)
