@@ -36,10 +36,14 @@ def wrong_rate(method: Any, step: int, total: int, per_epoch: int, batch_size: i
         total, per_epoch: optimizer steps.
         batch_size: images of one, over all processes.
     """
-    due = learning_rate(method.scheduler_config, step, total, per_epoch, scaled_lr(method.optimizer_config.lr, batch_size))
-    rates = {group["lr"] for group in method._groups() if group["schedule"]}
-    right = any(math.isclose(rate, due, rel_tol=1e-9, abs_tol=1e-12) for rate in rates)
-    return [] if right else [f"the learning rate of step {step + 1} is {sorted(rates)}, due is {due:g}"]
+    own = {group["name"]: group for group in method.parameter_groups(scaled_lr(method.optimizer_config.lr, batch_size))}
+    wrong = []
+    for group in method._groups():
+        name, rate = group["name"], group["lr"]
+        due = learning_rate(method.scheduler_config, step, total, per_epoch, own[name]["lr"])
+        if own[name]["schedule"] and not math.isclose(rate, due, rel_tol=1e-9, abs_tol=1e-12):
+            wrong.append(f"the learning rate of step {step + 1} is {rate:g} for {name}, due is {due:g}")
+    return wrong
 
 
 class _Watcher(pl.Callback):

@@ -8,6 +8,7 @@ from solo.batch import Batch
 from solo.errors import ConfigError
 from solo.methods import NNCLR, Method
 from solo.testing import Case
+from solo.testing.advance import wrong_rate
 from solo.testing.invariance import ranks_equal_one
 
 
@@ -63,3 +64,17 @@ def test_tau_is_logged():
 
     Case("all4one", momentum={"base_tau": 0.9, "final_tau": 0.9}).train(Watch(), max_epochs=1)
     assert seen[0]["tau"] == pytest.approx(0.9)
+
+
+def test_the_contract_holds_each_group_to_the_rate_of_its_own(monkeypatch):
+    """One that is right does not speak for another, nor one that follows no schedule for any."""
+    method = Case("all4one", scheduler={"name": "none"}, method_kwargs={"transformer_lr": 0.1}).build()
+    due = {group["name"]: {**group, "lr": 0.1 if group["name"] == "transformer" else 0.25}
+           for group in method.parameter_groups()}
+    monkeypatch.setattr(method, "_groups", due.values)
+    assert wrong_rate(method, 2, 8, 4, 64) == []
+    due["transformer"]["lr"] = 0.25
+    assert wrong_rate(method, 2, 8, 4, 64) == ["the learning rate of step 3 is 0.25 for transformer, due is 0.1"]
+    options = {"transformer": {"schedule": False}}
+    monkeypatch.setattr(method, "param_options", lambda: options)
+    assert wrong_rate(method, 2, 8, 4, 64) == []
