@@ -208,21 +208,21 @@ def test_what_comes_of_a_file_takes_processor_time_and_waiting_takes_none(tmp_pa
     reader = threading.Thread(target=lambda: content.append(reads.moving((tmp_path / "x").read_bytes, tmp_path / "x")))
     reader.start()
     with (tmp_path / "x").open("wb", buffering=0) as writer:
-        seen = []
+        seen = [settled(reader, 0)]
         for _ in range(3):
             writer.write(b"x" * 4096)
-            seen.append(settled(reader))
+            seen.append(settled(reader, seen[-1]))
     reader.join()
     assert content == [b"x" * 3 * 4096] and seen == sorted(set(seen)) and not reads._reading
     assert reads._Read("x", clock=time.pthread_getcpuclockid(threading.get_ident())).ticks() > 0
 
 
-def settled(reader: threading.Thread) -> int:
-    """Ticks of what it is at, once they stand still."""
+def settled(reader: threading.Thread, past: int) -> int:
+    """Ticks of what it is at, once they are more than these and stand still."""
     for _ in range(200):
         before = reads._reading[reader.ident or 0].ticks()
         time.sleep(0.02)
-        if before and reads._reading[reader.ident or 0].ticks() == before:
+        if before > past and reads._reading[reader.ident or 0].ticks() == before:
             return before
     return 0
 
