@@ -15,8 +15,8 @@ def awaited(error: SoloError) -> str:
         error: of `solo.peers.together`.
 
     Returns:
-        E.g. ``all_gather_into_tensor for solo.agreement.reach``, or ``the group's store for solo.callbacks.signals.asked``; empty
-        where the error is another, or came out of neither.
+        E.g. ``all_gather_into_tensor for solo.agreement.reach``, or ``the group's store for solo.callbacks.signals.asked``;
+        empty where the error is another, or came out of neither.
     """
     silent = isinstance(error, EnvironmentFault) and _SILENT.match(str(error))
     return _collective(error.__cause__) if silent and error.__cause__ is not None else ""
