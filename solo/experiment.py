@@ -189,8 +189,9 @@ def _with_words(shown: Any, thing: Any) -> Any:
         hints = get_type_hints(type(thing))
         for key in set(hints) & set(shown):
             own = getattr(thing, key)
-            word = key in _LOOKED_UP or "Literal[" in str(hints[key]) or isinstance(thing, BackboneConfig)
-            shown[key] = redacted(plain(own), environment=False) if word else _with_words(shown[key], own)
+            place = f"backbone.{key}" if isinstance(thing, BackboneConfig) else ""
+            word = place or key in _LOOKED_UP or "Literal[" in str(hints[key])
+            shown[key] = redacted(plain(own), environment=False, key=place) if word else _with_words(shown[key], own)
     elif isinstance(thing, list) and isinstance(shown, list):
         return [_with_words(part, own) for part, own in zip(shown, thing, strict=True)]
     return shown

@@ -8,9 +8,10 @@ HIDDEN = "(hidden)"
 _KEYS = "secret|passw|credential|(api|access|private|wandb|auth)[-_.]?key"
 _OF_MODELS = ("class", "cls", "dist", "mask", "num", "pad", "pos", "prompt", "reg", "register")     # tokens of theirs
 _TOKEN = "".join(f"(?<!{word}_)" for word in _OF_MODELS) + "tokens?(?![-_]?[a-z])"
-_SECRET = re.compile(f"{_TOKEN}|{_KEYS}", re.IGNORECASE)
+_SECRET = re.compile(f"token|{_KEYS}", re.IGNORECASE)
+_SECRET_OF_A_MODEL = re.compile(f"{_TOKEN}|{_KEYS}", re.IGNORECASE)
+_A_MODELS = re.compile(r"(^|\.)(backbone\.kwargs|method_kwargs)\.")
 _SECRET_NUMBER = re.compile(rf"(^|\.|(access|api|auth|hf|hub)_?)token$|{_KEYS}", re.IGNORECASE)    # others count, or switch
-_SECRET_VARIABLE = re.compile(f"token|{_KEYS}", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(:/{1,2})[^/\s]+(?=@)")       # user and password, or a token, of https://user:password@host
 _SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
 _from_environment: dict[str, str] = {}  # value -> how the config names it
@@ -32,7 +33,8 @@ def redacted(content: Any, environment: bool = True, key: str = "") -> Any:
         return [redacted(value, environment, key) for value in content]
     if isinstance(content, bool) or content in (None, ""):
         return content
-    if (_SECRET if isinstance(content, str) else _SECRET_NUMBER).search(key):
+    of_texts = _SECRET_OF_A_MODEL if _A_MODELS.search(key) else _SECRET
+    if (of_texts if isinstance(content, str) else _SECRET_NUMBER).search(key):
         return HIDDEN
     if not isinstance(content, str):
         return content
@@ -43,7 +45,7 @@ def redacted(content: Any, environment: bool = True, key: str = "") -> Any:
 def spoken(text: str) -> str:
     """A text for the screen: paths and words out of the environment stay, for whoever looks for the mistake in them; what a
     variable called like a secret held becomes its name, and who an address is asked as is hidden."""
-    text = _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET_VARIABLE.search(name)})
+    text = _renamed(text, {value: name for value, name in _from_environment.items() if _SECRET.search(name)})
     return _IN_ADDRESS.sub(rf"\1{HIDDEN}", text)
 
 

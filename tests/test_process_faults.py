@@ -65,6 +65,8 @@ class Fault(pl.Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "nan":
             batch.views[0].fill_(float("nan"))
+        if fault == "overflow":
+            next(module.backbone.parameters()).register_hook(lambda gradient: gradient * float("inf"))
 
 quiet_libraries()
 mine = int(os.environ.get("LOCAL_RANK", 0)) == where
@@ -196,6 +198,15 @@ def test_nan_on_one_rank_stops_both_before_the_update(tmp_path):
     kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
     assert [each["step"] for each in kept] == [7, 7] and "views[0]" in kept[1]["not_finite"]
     assert "views[0]" not in kept[0]["not_finite"]
+    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
+
+
+def test_a_gradient_that_overflows_on_one_rank_keeps_both_batches(tmp_path):
+    code, lines, took = fail(tmp_path, "overflow", 1)
+    assert code == 4 and took < 10 and len(lines) == 1, (code, lines, took)
+    assert "non-finite gradient of NNCLR at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
+    last(tmp_path)
+    kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
     assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
 
 

@@ -105,7 +105,12 @@ def test_what_a_backbone_is_built_from_again_is_shown(tmp_path):
               "token": {"dim": 8}}
     bound = experiment(values("nnclr", tmp_path))
     bound.backbone.kwargs = kwargs
-    assert bound.record()["backbone"]["kwargs"] == redacted({"kwargs": kwargs})["kwargs"] == kwargs
+    assert bound.record()["backbone"]["kwargs"] == redacted({"backbone": {"kwargs": kwargs}})["backbone"]["kwargs"] == kwargs
+
+
+@pytest.mark.parametrize("key", ["token_value", "access_token_v2", "bot_token_prod", "slack_reg_token", "tokenFile"])
+def test_any_token_that_is_no_models_is_hidden(key):
+    assert redacted({"extra": {key: WRITTEN}}) == {"extra": {key: HIDDEN}}
 
 
 def test_the_block_that_a_key_stands_in_says_what_it_opens():

@@ -44,7 +44,7 @@ class FailedStep(Callback):
         self._batch = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._batch is None or not isinstance(exception if rank() == 0 else exception.__cause__, NumericsError):
+        if self._batch is None or not any(isinstance(each, NumericsError) for each in (exception, exception.__cause__)):
             return
         content = {
             "method": self.method,
