@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def _torchvision(
             if config.download:
                 root.mkdir(parents=True, exist_ok=True)
                 with FileLock(root / ".download.lock"):  # one process of a node fetches, the others find it there
-                    data = dataset(str(root), **(train if train_part else test), download=True)
+                    fetched = partial(dataset, str(root), **(train if train_part else test), download=True)
+                    data = moving(fetched, f"the download of {config.dataset}")
             else:
                 data = moving(lambda: dataset(str(root), **(train if train_part else test)), root)
         except (RuntimeError, OSError) as error:

@@ -11,13 +11,14 @@ place. Its root has
 Grouped, as solo-learn writes it: a group per class, in it a dataset per image.
 """
 
-import functools
 import io
 import os
 import threading
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,6 +42,7 @@ from solo.data.reads import noted, retried
 from solo.data.sources import Source, digest, printable, spread, stamp
 from solo.errors import ConfigError, DataError
 
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MARK, COMPLETE = "solo_images", "complete"
 ARRAYS = {"offsets": ("i", "u"), "labels": ("i", "u"), "names": ("S",), "classes": ("S",)}  # numpy's letters of types
 
@@ -60,9 +62,8 @@ def open_hdf5(path: Path, in_chans: int, key: str) -> Source:
         raise ConfigError(f"{key}={path} is not a file; data.dataset=hdf5 reads one HDF5 file of encoded images")
     h5py = library()
     try:
-        noted(lambda: path.open("rb").close(), path)
         known = stamp(path)
-        if not h5py.is_hdf5(path):
+        if not _is_hdf5(path):
             raise ConfigError(f"{key}={path} is no HDF5 file")
         with _opened(path, known) as file:
             packed = read_number(file, MARK) is not None
@@ -141,7 +142,7 @@ class _HDF5Source(ABC):
 
     def __init__(self, path: Path, known: tuple[int, int], in_chans: int, open: Callable[..., Any]) -> None:
         self.path, self._known, self._in_chans = path, known, in_chans
-        self.handle = PerProcess(functools.partial(open, path, known))
+        self.handle = PerProcess(partial(open, path, known))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -252,21 +253,51 @@ def _checked(path: Path, known: tuple[int, int]) -> None:
         raise DataError(f"{path} has changed since it was opened")
 
 
-def _opened(path: Path, known: tuple[int, int]) -> Any:
-    _checked(path, known)
-    return noted(lambda: library().File(path, "r", locking=False), path)  # network disks often have no locks, and nobody writes
-
-
 class _Binary(io.FileIO):
-    """A file whose last holder need not close it."""
+    """A file whose last holder need not close it, each of whose reads is `noted`."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; zeros stand for what lies behind the file's end, as HDF5 itself has it."""
+        view = memoryview(buffer).cast("B")
+        left = view
+        while left and (more := noted(partial(super().readinto, left), self.name)):
+            left = left[more:]
+        left[:] = bytes(len(left))
+        return len(view)
 
     def __del__(self) -> None:
         self.close()
 
 
+def _is_hdf5(path: Path) -> bool:
+    """By the signature, at byte 0, 512, 1024, 2048, ..."""
+    found = bytearray(len(SIGNATURE))
+    with noted(lambda: _Binary(path), path) as file:
+        size = file.seek(0, os.SEEK_END)
+        for place in (0, *(512 << n for n in range(size.bit_length()))):
+            file.seek(place)
+            file.readinto(found)
+            if found == SIGNATURE:
+                return True
+    return False
+
+
 def _binary(path: Path, known: tuple[int, int]) -> _Binary:
     _checked(path, known)
-    return _Binary(path)
+    return noted(lambda: _Binary(path), path)
+
+
+def _opened(path: Path, known: tuple[int, int]) -> Any:
+    """HDF5 keeps the interpreter while it reads a file itself; where Python reads it on its behalf, others see how long."""
+    file = library().File(_binary(path, known), "r")
+    weakref.finalize(file, _closed, file.id)
+    return file
+
+
+def _closed(file: Any) -> None:
+    """At Python's end at the latest: HDF5 closes what is left behind it, where there is no Python to ask."""
+    if file.valid:
+        file.close()
 
 
 def _places(offsets: np.ndarray, vectors: list[Any], limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_fork_opens_the_file_for_itself(layout: str, images: Path, packed: Pat
     assert source.handle.get() is held and source.encoded(0) == before
     copy = pickle.loads(pickle.dumps(source))       # as a spawned worker gets it
     assert copy.handle.pid is None and copy.encoded(0) == before
+
+
+def test_the_file_is_closed_before_python_ends(images: Path, tmp_path: Path) -> None:
+    """HDF5 closes behind it what is still open, and would ask a Python that is no longer there."""
+    source = opened(group_per_class(images, tmp_path / "x.h5"))
+    held = source.handle.get().id
+    (last,) = [end for end in weakref.finalize._registry if end.alive and held in end.peek()[2]]
+    assert last.atexit and held.valid
+    last()
+    assert not held.valid
 
 
 def test_a_fork_while_a_thread_opens_the_file() -> None:

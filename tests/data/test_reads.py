@@ -1,23 +1,27 @@
 """A file whose read does not come back ends a command that waits for it in its own process, by a line that names the file."""
 
+import io
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from solo import reading
 from solo.bench import processes
-from solo.data import cache, check, datasets, pack, reads
+from solo.data import cache, check, datasets, hdf5, pack, reads
 from solo.data.config import DataConfig
 from solo.data.sources import FakeSource
 from solo.errors import ConfigError, reported
 from solo.experiment import experiment
 from solo.run import pretrain
+from tests.data import hdf5_files
 from tests.data.common import folder, make_folder, module
+from tests.data.hdf5_files import group_per_class
 from tests.tiny import values
 
 
@@ -227,21 +231,56 @@ def settled(reader: threading.Thread, past: int) -> int:
     return 0
 
 
+@pytest.mark.parametrize(("layout", "when"), [
+    ("packed", "the open"), ("packed", "the signature"), ("packed", "the structure"), ("groups", "the structure"), ("groups", "an image"),
+])
+def test_an_hdf5_file_that_does_not_come(layout: str, when: str, tmp_path: Path) -> None:
+    """HDF5 would keep the interpreter while it waits, and nobody could say so."""
+    make_folder(tmp_path / "images", {"a": 2})
+    path = tmp_path / "x.h5"
+    pack.main([str(tmp_path / "images"), str(path)]) if layout == "packed" else group_per_class(tmp_path / "images", path)
+    left = {"the open": 0, "the signature": 1, "the structure": 3, "an image": 10**6}[when]     # calls that come back
+
+    class Stuck(io.FileIO):
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            super().__init__(*arguments) if left >= 0 else threading.Event().wait()
+
+        def readinto(self, buffer: Any) -> int:     # in the place of the system's
+            nonlocal left
+            left -= 1
+            return super().readinto(buffer) if left >= 0 else threading.Event().wait()
+
+    def command() -> None:
+        nonlocal left
+        hdf5._Binary.__bases__ = (Stuck,)
+        with reported():
+            reads.watch(0.2)
+            source = hdf5_files.opened(path)
+            left = 0
+            source.encoded(0)
+
+    code, lines = ends(tmp_path, command)
+    assert (code, lines[-1]) == (5, f"environment error: rank 0: no answer within data.timeout=0.2 s from {path}"), lines
+
+
 def kept(folder: Path) -> None:
     source = FakeSource(cache.WORTH, 4, 2, 1, seed=0)
     source.fingerprint = lambda: "x"  # type: ignore[attr-defined]
     cache.decoded(source, (4, 4, 1), folder)
 
 
-def opened(dataset: str) -> Callable[[Path], object]:
-    return lambda path: datasets.DATASETS[dataset].open(DataConfig(dataset=dataset, train_path=str(path)), True)
+def opened(dataset: str, **more: Any) -> Callable[[Path], object]:
+    return lambda path: datasets.DATASETS[dataset].open(DataConfig(dataset=dataset, train_path=str(path), **more), True)
 
 
 @pytest.mark.parametrize(("read", "stuck"), [
     (opened("npz"), (reading.zipfile, "ZipFile")),
     (opened("stl10"), (datasets.torchvision.datasets.STL10, "_check_integrity")),
+    (opened("stl10", download=True), (datasets.torchvision.datasets.STL10, "download")),
     (kept, (cache.np, "load")),
-], ids=["npz", "torchvision", "decoded images"])
+], ids=["npz", "torchvision", "download", "decoded images"])
 def test_a_whole_file_that_does_not_come(read: Callable[[Path], object], stuck: tuple[object, str], tmp_path: Path) -> None:
     """As a hung file system has it: the process waits in one call, in which the interpreter goes on."""
     place = tmp_path / "x"
@@ -259,4 +298,5 @@ def test_a_whole_file_that_does_not_come(read: Callable[[Path], object], stuck: 
             read(place)
 
     code, lines = ends(tmp_path, command)
-    assert (code, lines) == (5, [f"environment error: rank 0: no answer within data.timeout=0.2 s from {place}"])
+    what = "the download of stl10" if stuck[1] == "download" else place
+    assert (code, lines) == (5, [f"environment error: rank 0: no answer within data.timeout=0.2 s from {what}"])
