@@ -79,6 +79,14 @@ class Interrupted(SoloError):
         self.exit_code = 128 + signal_number
 
 
+def leave(problem: str = "", code: int = EnvironmentFault.exit_code) -> NoReturn:
+    """End this process from a thread beside one that waits where nothing can wake it; ``problem``: said before."""
+    sys.stdout.flush()
+    if problem:
+        print(f"{EnvironmentFault.kind}: {problem}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 def debug() -> None:
     """What the flag ``--debug`` of every command does: errors keep their traceback, those of the processes it starts too."""
     os.environ["SOLO_DEBUG"] = "1"

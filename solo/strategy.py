@@ -4,7 +4,6 @@ import inspect
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,13 +16,14 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from solo.errors import EnvironmentFault
+from solo.errors import EnvironmentFault, leave
 from solo.peers import set_timeout, turn_of_first
 
 MEETING = 60.0      # seconds that processes have to find each other
 AGREEING = 300.0    # seconds that they have to agree on where to begin, which one of them reads from a file system
 SAVING = 3600.0     # seconds that the others wait for a save; after them the timeout of a collective counts
 GRACE = 8.0         # seconds that the first process has to notice and to say that another one was killed
+_LOOKS = 8          # in the time that a meeting may take
 SPOKEN = 2.0        # seconds that it has to leave where another one has said why it failed, as where the first one stalls
 
 
@@ -98,9 +98,9 @@ def _watch(children: list[subprocess.Popen[bytes]], done: threading.Event) -> No
     for child in children:
         child.kill()
     rank, code = next((rank, code) for rank, code in enumerate(codes, start=1) if code)
-    if code < 0:                    # else it has said why
-        print(f"environment error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-    os._exit(code if code > 0 else EnvironmentFault.exit_code)
+    if code > 0:
+        leave(code=code)            # it has said why
+    leave(f"rank {rank} was ended by {signal.Signals(-code).name}")
 
 
 def meet(trainer: pl.Trainer, timeout: float) -> None:
@@ -116,12 +116,32 @@ def meet(trainer: pl.Trainer, timeout: float) -> None:
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or launcher is None:
         return
+    met = threading.Event()
+    threading.Thread(target=_wait, args=(trainer, met), daemon=True).start()
     try:
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
     except (RuntimeError, ValueError) as error:         # of torch.distributed and its store
-        if isinstance(launcher, Launcher):
-            launcher.kill(signal.SIGKILL)
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
         why = "the port is in use" if "EADDRINUSE" in str(error) else f"not within {MEETING:g} s"
-        raise EnvironmentFault(f"rank {trainer.global_rank} did not meet the others ({where}): {why}") from error
+        raise EnvironmentFault(_unmet(trainer, why)) from error
+    finally:
+        met.set()
     set_timeout(max(AGREEING, timeout))
+
+
+def _wait(trainer: pl.Trainer, met: threading.Event) -> None:
+    """End this process where torch waits on for an answer of the group's store, whose process the system has suspended.
+
+    Looks are counted, not seconds, as of what is `answered`.
+    """
+    for _ in range(_LOOKS):
+        if met.wait(2 * MEETING / _LOOKS):
+            return
+    leave(_unmet(trainer, "one of them gives no answer"))
+
+
+def _unmet(trainer: pl.Trainer, why: str) -> str:
+    """What is to be said; what this process has started is ended."""
+    if isinstance(trainer.strategy.launcher, Launcher):
+        trainer.strategy.launcher.kill(signal.SIGKILL)
+    where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+    return f"rank {trainer.global_rank} did not meet the others ({where}): {why}"

@@ -1,13 +1,21 @@
 """A store that gives no answer, as that of a first process which the system has suspended, is given up."""
 
+import os
+import re
+import signal
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from solo import errors, peers
+from solo import errors, peers, strategy
+from solo.bench import processes
+from solo.bench.chaos import plan
 from solo.errors import DataError, SoloError, Unanswered
+from solo.experiment import experiment
+from solo.run import pretrain
 
 
 class Silent:
@@ -153,3 +161,30 @@ def test_under_torchrun_nobody_waits_for_a_silent_first_process_to_speak(monkeyp
     with pytest.raises(SystemExit) as left, errors.reported():
         raise Unanswered("rank 0 no longer answers")
     assert left.value.code == 5 and capsys.readouterr().err == "environment error: rank 0 no longer answers\n"
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_suspended_while_they_meet(tmp_path, monkeypatch):
+    """torch asks its store without a limit for the addresses of the others."""
+    monkeypatch.setattr(strategy, "MEETING", 1.0)
+    helper = torch.distributed.distributed_c10d._new_process_group_helper
+
+    def suspended(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return helper(*arguments, **options)
+
+    def body(rank):
+        if rank == 0:
+            torch.distributed.distributed_c10d._new_process_group_helper = suspended
+        with errors.reported():
+            pretrain(experiment(plan(tmp_path, ranks=2)))
+
+    first, other = processes.fork(2, tmp_path / "log", body)
+    try:
+        statuses = processes.wait([other], 30)
+    finally:
+        processes.kill([first, other])
+        processes.wait([first], 30)
+    assert os.waitstatus_to_exitcode(statuses[other]) == 5
+    assert re.fullmatch(r"environment error: rank 1 did not meet the others \(.*\): one of them gives no answer",
+                        (tmp_path / "log-rank1").read_text().splitlines()[-1])

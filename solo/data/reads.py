@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from weakref import WeakSet
 
 from solo import errors
 from solo.dist import rank
-from solo.errors import DataError, EnvironmentFault
+from solo.errors import DataError, EnvironmentFault, leave
 
 T = TypeVar("T")
 _LOOKS = 8  # in the time that a read may take, so that it ends at most an eighth of it later
@@ -148,10 +147,5 @@ def _look(seconds: float, over: threading.Event) -> None:
         before = now
         for thread in looks:
             if looks[thread] >= _LOOKS:
-                _end(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0].path}")
+                leave(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0].path}")
 
-
-def _end(problem: str) -> None:
-    sys.stdout.flush()
-    print(f"{EnvironmentFault.kind}: {problem}", file=sys.stderr, flush=True)
-    os._exit(EnvironmentFault.exit_code)
