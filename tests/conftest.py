@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults import named
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOLO_SHARED", ROOT.parent / "shared"))
 
@@ -47,8 +49,13 @@ def pytest_runtest_setup() -> None:
 LONGEST = ("test_chaos", "test_readme", "test_leaks", "test_compiling", "test_resume", "test_two_processes", "test_cli")
 
 
+@pytest.hookimpl(tryfirst=True)     # before what is asked for by -m is chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before the many short ones of `make test`, with which the last seconds are shared evenly."""
+    """Those of faults get their mark; long ones come before the many short ones, with which the last seconds are shared."""
+    of_faults = named()
+    for item in items:
+        if (item.path, getattr(item, "originalname", item.name)) in of_faults:
+            item.add_marker("faults")
 
     def place(item: pytest.Item) -> tuple[bool, int]:
         name = item.path.stem

@@ -26,6 +26,7 @@ from solo.nn import Momentum
 from solo.representations import REPRESENTATIONS, represent
 from solo.testing import CHECKS
 from tests import forks
+from tests.faults import named
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -211,3 +212,14 @@ def test_tests_that_the_reliability_page_names_are_there():
         assert found or any(path.stem == name for path in sources), name
     for name in re.findall(r"(?:tests/)?((?:\w+/)*test_\w+\.py)", page):
         assert any(path.as_posix().endswith(name) for path in sources), name
+
+
+def test_the_tests_that_it_names_are_those_of_faults():
+    of_faults, tests = named(), ROOT / "tests"
+    for file, function in [("test_chaos.py", "test_two_hundred_kills"), ("attacks/test_attacks.py", "test_refused"),
+                           ("data/test_bad_shares.py", "any"), ("data/test_module.py", "any"), ("test_certify.py", "any"),
+                           ("data/test_hdf5.py", "test_an_error_that_passes_is_tried_again")]:
+        assert (tests / file, function) in of_faults, file
+    for file, function in [("test_step_counts.py", "test_operations_of_a_step"), ("data/test_hdf5.py", "any"),
+                           ("bench/test_peers.py", "any"), ("eval/test_umap.py", "test_what_is_written")]:
+        assert (tests / file, function) not in of_faults, file
