@@ -22,7 +22,7 @@ class Spared(Logger):
 
     Args:
         title: how warnings call it.
-        make: makes the logger; tried again at each report until it works.
+        make: makes the logger, when it is first asked for something; tried again at each report until it works.
         rests: after a failure that took a while it is left alone for `REST` times as long, but not at the end.
         mortal: one that has failed works no more and is made anew.
     """
@@ -34,7 +34,6 @@ class Spared(Logger):
         self._lost, self._said, self._resting_until = 0, -AGAIN, -math.inf
         self._failing: set[str] = set()         # calls that failed and have not worked since
         self._warned = False                    # of these
-        self._try("start", lambda made: None)
 
     def _try(self, what: str, act: Callable[[Logger], Any]) -> Any:
         begun = time.monotonic()

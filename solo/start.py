@@ -25,6 +25,7 @@ from solo.experiment import Experiment, flat
 from solo.files import sweep, try_folder, write_link
 from solo.kernels.dispatch import runner
 from solo.lease import owning
+from solo.loggers import forget
 from solo.methods import Method
 from solo.names import checkpoints_near, there
 
@@ -94,6 +95,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         if config.checkpoint.enabled:
             _check_room(config, run_dir, method, path, trainer)
             _check_fallback(config)
+        forget(run_dir)
         say(f"run directory: {run_dir} (new)")
         return None, 0, False
     provenance = checkpoint.provenance(content, path)

@@ -1,6 +1,8 @@
 """A logger that fails costs lines, never the run: a server that is down at the start or later, a disk that is full."""
 
 import errno
+import json
+import shutil
 
 import pytest
 import pytorch_lightning as pl
@@ -232,3 +234,106 @@ def test_weights_and_biases_knows_the_settings_that_keep_secrets():
     wandb = pytest.importorskip("wandb")
     kept = wandb.Settings(**loggers.WANDB)
     assert kept.x_disable_meta and kept.disable_code and kept.disable_git and kept.console == "off"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """What a server has: run -> (metric, step) of each report; every client of it works as mlflow's does."""
+    held = {}
+
+    class Client(CSVLogger):
+        def __init__(self, **goes_on):
+            self.given = goes_on
+            self.run = next(iter(goes_on.values()), "")
+
+        @property
+        def version(self):
+            return self.run
+
+        def log_metrics(self, metrics, step=None):
+            self.run = self.run or f"run{len(held)}"
+            held.setdefault(self.run, []).extend((name, step) for name in metrics)
+
+        log_hyperparams = save = finalize = lambda self, *_: None
+
+    monkeypatch.setattr(loggers, "find_spec", lambda package: True)
+    for name in ("WandbLogger", "MLFlowLogger", "CometLogger"):
+        monkeypatch.setattr(pl.loggers, name, Client)
+    return held
+
+
+def started(folder, name="mlflow"):
+    return loggers.Served(name, pl.loggers.MLFlowLogger, folder)
+
+
+@pytest.mark.parametrize(("name", "keyword"), [("wandb", "id"), ("mlflow", "run_id"), ("comet", "experiment_key")])
+def test_a_run_that_goes_on_is_the_same_run_on_a_server(name, keyword, server, tmp_path):
+    """A row of two reports of one step, of which an earlier start has sent the first: the second is not lost."""
+    (tmp_path / f"{name}.json").write_text(json.dumps({"id": "a-1", "folder": str(tmp_path), "steps": {"loss": 4, "epoch": 4}}))
+    logger = started(tmp_path, name)
+    for step in (3, 4, 5):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.log_metrics({"knn": 1.0, "epoch": 0}, step)
+    assert logger._made.given == {keyword: "a-1"}
+    assert server == {"a-1": [("knn", 3), ("knn", 4), ("loss", 5), ("knn", 5), ("epoch", 5)]}
+
+
+def test_what_a_client_may_still_hold_is_sent_again(server, tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    logger = started(tmp_path, "wandb")
+    for step in range(100):
+        logger.log_metrics({"loss": 1.0}, step)
+        clock[0] += 1
+    kept = json.loads((tmp_path / "wandb.json").read_text())
+    assert kept["id"] == "run0" and kept["steps"] == {"loss": 60}           # of the write in second 90: what 60 sent
+    logger = started(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.log_metrics({"loss": 1.0}, 1)
+    assert json.loads((tmp_path / "mlflow.json").read_text())["steps"] == {"loss": 1}
+
+
+@pytest.mark.parametrize("what", ["moved", "copied", "damaged", "on another rank", "full disk"])
+def test_whose_a_run_on_a_server_is(what, server, tmp_path, monkeypatch, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    started(first).log_metrics({"loss": 1.0}, 1)
+    if what == "damaged":
+        (first / "mlflow.json").write_text('{"id": "run0"}')
+    elif what == "on another rank":
+        monkeypatch.setattr("pytorch_lightning.utilities.rank_zero_only.rank", 1)
+    elif what == "full disk":
+        monkeypatch.setattr(loggers, "write_file", full)
+    else:
+        (shutil.copytree if what == "copied" else shutil.move)(first, second)
+    started(second if second.exists() else first).log_metrics({"loss": 1.0}, 2)
+    after = {"moved": {"run0": 2}, "full disk": {"run0": 2}, "on another rank": {"run0": 1}}.get(what, {"run0": 1, "run1": 1})
+    assert {run: len(rows) for run, rows in server.items()} == after
+    assert ("damaged" in caplog.text) == (what == "damaged") and not warnings(caplog)
+
+
+@pytest.mark.slow
+def test_each_step_once_on_a_server_over_a_kill_and_a_resume(server, tmp_path, monkeypatch):
+    """And what begins anew, in a folder that an earlier run has used, is another run there."""
+    class Dies(Exception):
+        pass
+
+    class Killed(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 13:               # behind the checkpoint of step 8
+                raise Dies
+
+    killed = Killed()
+    content = values("nnclr", tmp_path, max_epochs=2, loggers=["mlflow"])
+    with pytest.raises(Dies):
+        pretrain(experiment(content), [killed])
+    assert len(server["run0"]) and max(step for _, step in server["run0"]) == 12
+    pretrain(experiment(content))
+    assert list(server) == ["run0"] and len(set(server["run0"])) == len(server["run0"])
+    assert [step for name, step in server["run0"] if name == "train/loss"] == list(range(1, 17))
+    assert [step for name, step in server["run0"] if name == "val/probe_acc1"] == [7, 15]
+    with pytest.raises(Dies):
+        pretrain(experiment({**content, "resume": "never"}), [killed])
+    shutil.rmtree(experiment(content).run_dir(8) / "checkpoints")
+    pretrain(experiment(content))
+    assert list(server) == ["run0", "run1", "run2"]
+    assert [step for name, step in server["run2"] if name == "train/loss"] == list(range(1, 17))

@@ -1,5 +1,6 @@
 """Config files of a command, and JSON that a run finds in its own folders."""
 
+import json
 from pathlib import Path
 
 from tests.attacks.registry import Maker, attack, each
@@ -90,3 +91,13 @@ JSONS = {
 for name, content in JSONS.items():
     attack(f"results/{name}")(lambda file, ran, content=content: file.write_bytes(content))
     attack(f"search/{name}")(lambda file, ran, content=content: file.write_bytes(content))
+SERVED = {"id": "abc", "folder": "/tmp", "steps": {"train/loss": 1}}
+KEPT = JSONS | {
+    name: json.dumps({**SERVED, **changes}).encode() for name, changes in {
+        "id-an-address": {"id": "../x?y"}, "id-of-lines": {"id": "a\nb"}, "id-long": {"id": "a" * 999},
+        "id-a-number": {"id": 7}, "folder-a-number": {"folder": 1}, "folder-long": {"folder": "a" * 9999},
+        "steps-a-list": {"steps": [1]}, "steps-of-text": {"steps": {"a": "1"}}, "steps-deep": {"steps": {"a": {"b": 1}}},
+    }.items()
+}
+for name, content in KEPT.items():
+    attack(f"server/{name}")(lambda file, ran, content=content: file.write_bytes(content))

@@ -15,6 +15,7 @@ __all__ = ["ATTACKS", "checkpoints", "configs", "datasets", "hdf5", "made"]
 SUFFIXES = {
     "checkpoint": ".ckpt", "safetensors": ".safetensors", "manifest": ".json", "yaml": ".yaml", "npz": ".npz", "tar": ".tar",
     "hdf5": ".h5", "tar-left-out": ".tar", "image": ".jpg", "voc": ".xml", "results": ".json", "search": ".json",
+    "server": ".json",
 }
 
 

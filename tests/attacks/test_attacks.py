@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import solo.run as run
-from solo import checkpoint, config, export, tuning
+from solo import checkpoint, config, export, loggers, tuning
 from solo.data.config import DataConfig
 from solo.data.decoding import BadImage, decode
 from solo.data.module import DataModule
@@ -37,6 +37,7 @@ IMAGE = 640 * MIB               # of memory, for the largest image that is read:
 QUICK = (                       # a telling one of each kind: it would run code, leave its folder, or ask for too much
     "checkpoint/os-system-as-weight", "safetensors/a-pickle", "manifest/file-above", "yaml/object-apply", "npz/objects",
     "tar/a-pickle", "hdf5/link-outside", "tar-left-out/link", "image/png-giant", "voc/outside", "results/code", "search/code",
+    "server/code",
 )
 
 
@@ -124,12 +125,17 @@ def write_results(file: Path, name: str) -> None:
     assert json.loads(file.read_text()) == {"knn": {"acc1": 1.0}}
 
 
+def read_server(file: Path, name: str) -> None:
+    assert loggers._read(file) == ("", {})
+
+
 READERS: dict[str, Callable[[Path, str], object]] = {
     "checkpoint": read_checkpoint, "safetensors": lambda file, name: export.load(file), "manifest": read_manifest,
     "yaml": run_command, "npz": read_images, "tar": read_images, "hdf5": read_images, "tar-left-out": read_rest_of_tar,
     "image": read_picture, "voc": read_voc, "results": write_results, "search": lambda file, name: tuning._read(file),
+    "server": read_server,
 }
-HARMLESS = ("tar-left-out", "results")      # read, without what does not belong there
+HARMLESS = ("tar-left-out", "results", "server")        # read, without what does not belong there
 
 
 def test_there_are_enough() -> None:
