@@ -114,8 +114,30 @@ def test_any_token_that_is_no_models_is_hidden(key):
 
 
 def test_the_block_that_a_key_stands_in_says_what_it_opens():
-    secret = {"wandb": {"key": WRITTEN}, "auth": {"key": 12345}, "api": {"keys": [WRITTEN]}, "api-key": WRITTEN}
-    assert redacted(secret) == {"wandb": {"key": HIDDEN}, "auth": {"key": HIDDEN}, "api": {"keys": [HIDDEN]}, "api-key": HIDDEN}
+    secret = {"wandb": {"key": WRITTEN}, "auth": {"key": 12345}, "api": {"keys": [WRITTEN]}, "comet": {"key": WRITTEN},
+              "mlflow": {"key": WRITTEN}}
+    assert redacted(secret) == {"wandb": {"key": HIDDEN}, "auth": {"key": HIDDEN}, "api": {"keys": [HIDDEN]},
+                                "comet": {"key": HIDDEN}, "mlflow": {"key": HIDDEN}}
+    assert redacted({"memory": {"key": "x"}}) == {"memory": {"key": "x"}}
+
+
+@pytest.mark.parametrize("text", [
+    f"https://host/x?token={WRITTEN}&size=4", f"https://host/x?size=4&api_key={WRITTEN}", f"https://host/x?sig={WRITTEN}",
+    f"s3://host/x?X-Amz-Signature={WRITTEN}", f"https://host/#access_token={WRITTEN}", f"https://me:a/{WRITTEN}@host/x",
+    f"https://me:{WRITTEN}/a@host/x", f"curl -H 'Authorization: Bearer {WRITTEN}' x", f"{{'authorization': '{WRITTEN}'}}",
+    f"bearer {WRITTEN}",
+])
+def test_who_asks_is_hidden_in_addresses_and_headers(text):
+    for shown in (redacted(text), redaction.spoken(text)):
+        assert WRITTEN not in shown and HIDDEN in shown and text[:6] == shown[:6] and text[-1] in (WRITTEN[-1], shown[-1])
+
+
+@pytest.mark.parametrize("text", [
+    "https://host:8080/x@main", "https://host/x@v1", "oci://host:5000/x@sha256:1", "https://host/x?page=3&monkey=4&num_keys=5",
+    "the Authorization header is missing", "bearer of news", "timm/vit_base.augreg@x", "data.train_path=/a/b",
+])
+def test_addresses_without_a_secret_are_shown(text):
+    assert redacted(text) == redaction.spoken(text) == text
 
 
 def test_words_of_the_schema_stay_so_that_a_checkpoint_says_what_it_holds(tmp_path, monkeypatch):
@@ -164,8 +186,9 @@ def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkey
 
 def test_keys_called_like_a_secret():
     hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials",
-              "wandb_key", "tokens", "AuthToken", "github-token", "personal_access_token", "hf_token_2")
-    shown = ("key", "keys", "pooling_key", "name", "pass_through", "monkey", "epochs")
+              "wandb_key", "tokens", "AuthToken", "github-token", "personal_access_token", "hf_token_2", "ssh_key", "hf_key",
+              "signing_key", "access_key_id", "sshKey", "api-key", "Authorization")
+    shown = ("key", "keys", "pooling_key", "name", "pass_through", "monkey", "epochs", "keyboard", "key_dim", "num_keys")
     content = redacted({key: "text" for key in (*hidden, *shown)})
     assert {key for key, value in content.items() if value == HIDDEN} == set(hidden)
 
