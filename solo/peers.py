@@ -1,6 +1,7 @@
 """A failure of one process is the failure of all: told once, by rank 0 where it can, and every process leaves."""
 
 import json
+import math
 import os
 import re
 import threading
@@ -23,6 +24,7 @@ _LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?o
 _GRACE = 2.5        # seconds that those who noticed have to say that they live
 _LOOKS = 8          # in the time that an answer may take
 _BEAT = 1.0         # seconds from one sign of life to the next
+_LOOK = 0.05        # seconds from one look at a flag to the next: each costs a thread and a call over the network
 
 _SUSPENDED = "no longer answers: it was suspended, or its machine cannot be reached"
 
@@ -139,7 +141,7 @@ def _await_first(store: "_Store", name: str, seconds: float) -> None:
 
 
 class Flag:
-    """What any process may raise for all of them, and each sees when it looks: no collective.
+    """What any process may raise for all of them, and each sees when it looks, up to `_LOOK` late: no collective.
 
     Args:
         name: once raised, it stays.
@@ -148,15 +150,16 @@ class Flag:
     def __init__(self, name: str) -> None:
         alone = world_size() == 1
         self._store = None if alone else _Store("solo/flag")
-        self._name, self._up = name, False
+        self._name, self._up, self._next = name, False, -math.inf
 
     def up(self, mine: bool) -> bool:
         """Whether it is raised; ``mine``: raise it."""
         if self._store is not None and not self._up:
             if mine:
                 self._store.set(self._name, "")
-            else:
+            elif time.monotonic() >= self._next:
                 self._up = self._store.check([self._name])
+                self._next = time.monotonic() + _LOOK
         self._up = self._up or mine
         return self._up
 

@@ -55,6 +55,23 @@ def test_who_is_silent_is_who_has_the_store(silent, monkeypatch, agent):
         peers.Flag("signal").up(False)
 
 
+def test_a_validation_of_quick_batches_looks_at_most_every_50_ms(silent, monkeypatch):
+    """Each look starts a thread: 200 batches of a millisecond start five, none behind a signal, and one is seen soon."""
+    clock, started, store = [1000.0], [], Kept()
+    monkeypatch.setattr(peers.dist, "PrefixStore", lambda prefix, group: store)
+    monkeypatch.setattr(peers.time, "monotonic", lambda: clock[0])
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread) or start(thread))
+    flag = peers.Flag("signal")
+    for _ in range(200):
+        assert not flag.up(False)
+        clock[0] += 0.001
+    assert len(started) in (4, 5)                   # sums of 0.001 round
+    peers.Flag("signal").up(True)
+    seen = [flag.up(False) for _ in range(60) if clock.append(clock.pop() + 0.001) is None]
+    assert seen.index(True) <= 50 and all(seen[50:]) and len(started) <= 7
+
+
 class Kept:
     """A store that answers, as torchrun's does whatever becomes of rank 0."""
 
