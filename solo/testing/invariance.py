@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from solo.batch import Batch
 from solo.batching import ViewBatching
-from solo.dist import all_reduce
 from solo.methods import Method
 from solo.nn import Queue, StepModule
 from solo.testing.advance import advances_once_per_step
@@ -171,7 +170,9 @@ def _step(model: Method, micro_batches: Sequence[Batch], rank: int = 0, world: i
     before = _states(model)
     for batch in micro_batches:
         shared, local = _losses(model, _part(batch, rank, world), rank)
-        derived = _derived(model, shared) | {f"{name} (local)": value for name, value in _derived(model, local).items()}
+        derived = _derived(model, shared)
+        if model.local_terms:
+            derived |= {f"{name} (local)": value for name, value in _derived(model, local).items()}
         values = {name: values.get(name, 0) + value / len(micro_batches) for name, value in derived.items()}
     within(before, _states(model), "between two micro-batches", 0.0)
     reported = {name: torch.tensor(value, dtype=torch.float64) for name, value in model.after_step(model.progress).items()}
@@ -264,18 +265,22 @@ def _ranks_equal(
     own = _by_process(images // world, 1) if per_rank_statistics else None
     together = _by_process(images, world) if per_rank_statistics else None
     expected = _step(_model(case, together, progress), micro_batches)
-    alone = [_step(_model(case, own, progress), micro_batches, rank, world) for rank in range(world)]
-    local = [name for name in expected if name.endswith("(local)")]
-    expected |= {name: torch.stack([part[name] for part in alone]).mean(0) for name in local}
+    if local := [name for name in expected if name.endswith("(local)")]:
+        alone = [_step(_model(case, own, progress), micro_batches, rank, world) for rank in range(world)]
+        expected |= _mean(alone, local)
+
+    def on(rank: int) -> dict[str, np.ndarray]:
+        values = _step(_model(case, own, progress), micro_batches, rank, world)
+        return {name: value.numpy() for name, value in values.items()}
+
+    ranks = [{name: torch.from_numpy(value) for name, value in found.items()} for found in run_ranks(on, world=world)]
     measured = Measured(0.0, _BOUND)
-    ranks = run_ranks(lambda rank: _on_rank(_model(case, own, progress), micro_batches, rank, world), world=world)
     for rank, found in enumerate(ranks):
-        tensors = {name: torch.from_numpy(value) for name, value in found.items()}
-        measured = max(measured, within(expected, tensors, f"on rank {rank} of {world}", _BOUND))
+        found = found | _mean(ranks, [name for name in found if not name.startswith("after")])
+        measured = max(measured, within(expected, found, f"on rank {rank} of {world}", _BOUND))
     return measured
 
 
-def _on_rank(model: Method, micro_batches: Sequence[Batch], rank: int, world: int) -> dict[str, np.ndarray]:
-    """This rank's step; losses and gradients averaged over ranks."""
-    values = _step(model, micro_batches, rank, world)
-    return {name: (value if name.startswith("after") else all_reduce(value) / world).numpy() for name, value in values.items()}
+def _mean(parts: Sequence[Values], names: Sequence[str]) -> Values:
+    """Of these values, over all parts; 0 where a part has none."""
+    return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) / len(parts) for name in names}
