@@ -11,7 +11,7 @@ THIRD, LAST = range(22, 35), range(35, 45)      # operations on files: the third
 
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path):
-    tally = campaign(200, seed=1, folder=tmp_path)
+    tally = campaign(200, seed=1, folder=tmp_path, width=400)
     print(tally)
     assert tally.problems == []
     assert tally.kills >= 200 and tally.in_write >= 40 and tally.runs >= 3 and tally.looks > 1000, str(tally)

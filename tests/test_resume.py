@@ -90,22 +90,22 @@ def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
 
     Every third one with workers, of which each start takes longer than the two steps.
     """
-    data = {"num_workers": workers, "engine": "torchvision" if workers else "auto"}
+    content = {"data": {"num_workers": workers, "engine": "torchvision" if workers else "auto"}, "limit_val_batches": 2}
     saved = tmp_path / "saved"
     saved.mkdir()
-    final, losses = traced(values(method, tmp_path / "whole", data=data), saved)
+    final, losses = traced(values(method, tmp_path / "whole", **content), saved)
     assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) == STEPS
     for step in range(1, STEPS, 3 if workers else 1):
         there = tmp_path / f"from{step}"
         there.mkdir()
         watcher = FewSteps(there, 2)
         with suppress(Enough):
-            pretrain(experiment(values(method, there, data=data, resume=str(saved / f"{step}.ckpt"))), [watcher])
+            pretrain(experiment(values(method, there, **content, resume=str(saved / f"{step}.ckpt"))), [watcher])
         end = min(step + 2, STEPS)
         assert watcher.losses == {number: losses[number] for number in range(step + 1, end + 1)}, f"resumed after step {step}"
         found, expected = (state(checkpoint.read(folder / f"{end}.ckpt")) for folder in (there, saved))
         assert_same(found, expected, f"resumed after step {step}: ")
-    resumed, rest = traced(values(method, tmp_path / "rest", data=data, resume=str(saved / "11.ckpt")))
+    resumed, rest = traced(values(method, tmp_path / "rest", **content, resume=str(saved / "11.ckpt")))
     assert rest == {number: loss for number, loss in losses.items() if number > 11}
     assert_same(state(resumed), state(final))
 

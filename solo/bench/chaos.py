@@ -28,7 +28,7 @@ from solo.testing import tiny
 
 
 def plan(folder: str | Path, width: int = 16, ranks: int = 1, **changes: Any) -> dict[str, Any]:
-    """A run of 24 steps of a method with teacher, queue, dropout and probe that saves after every step.
+    """A run of 24 steps of a method with teacher, queue, dropout and probe that saves after every step; it hardly validates.
 
     Args:
         folder: where it is written.
@@ -36,7 +36,7 @@ def plan(folder: str | Path, width: int = 16, ranks: int = 1, **changes: Any) ->
         ranks: processes that share the 8 images of a step.
     """
     sizes = {"proj_hidden_dim": width, "pred_hidden_dim": width}
-    quiet: dict[str, Any] = {"loggers": [], "health": {"enabled": False}, "checkpoint": {"minutes": 0}}
+    quiet: dict[str, Any] = {"loggers": [], "health": {"enabled": False}, "checkpoint": {"minutes": 0}, "limit_val_batches": 2}
     shared = {"devices": ranks, "optimizer": {"batch_size": 8 // ranks}}
     return tiny("all4one", folder, method_kwargs=sizes, **{**quiet, **shared, **changes})
 
@@ -70,9 +70,12 @@ class Tally:
 
 
 def campaign(
-    kills: int, seed: int, folder: Path, width: int = 800, ranks: int = 1, limit: float = math.inf, progress: bool = False
+    kills: int, seed: int, folder: Path, width: int = 800, ranks: int = 1, limit: float = math.inf, progress: bool = False,
+    **changes: Any,
 ) -> Tally:
     """Kill at random instants until the number is reached, run after run; of several ranks one, or all at once.
+
+    From its first step on a life lasts as long as a step does on average, whatever has passed of it (an exponential law).
 
     Args:
         kills: how many.
@@ -82,9 +85,10 @@ def campaign(
         ranks: processes of the run.
         limit: seconds after which to stop, with fewer kills.
         progress: whether to tell the tally after each run.
+        changes: of the plan.
     """
     generator, tally, began = random.Random(seed), Tally(), time.monotonic()
-    content = plan(folder, width, ranks)
+    content = plan(folder, width, ranks, **changes)
     truth = reference(content, folder / "whole")
     while tally.kills < kills and time.monotonic() < began + limit:
         run = Ordeal(content, folder / "run", truth)
@@ -92,7 +96,7 @@ def campaign(
         finished = False
         while not finished:
             early = generator.random() < 0.05
-            instant = -generator.uniform(0.02, 0.3) if early else generator.uniform(0, 3 * truth.step_seconds)
+            instant = -generator.uniform(0.02, 0.3) if early else generator.expovariate(1 / truth.step_seconds)
             victims = generator.choice([(), *([rank] for rank in range(ranks))]) if ranks > 1 else ()
             more = tally.kills + run.kills < kills and time.monotonic() < began + limit
             finished = run.life(instant if more else None, victims=victims)

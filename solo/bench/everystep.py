@@ -55,9 +55,11 @@ def every_step(method: str, folder: Path, ranks: int, workers: int = 0, steps: S
         What is wrong, a line each.
     """
     data = {"num_workers": workers, "engine": "torchvision" if workers else "auto"}
-    content = tiny(method, folder, devices=ranks, optimizer={"batch_size": 8 // ranks}, data=data, loggers=[])
+    quiet: dict[str, Any] = {"loggers": [], "limit_val_batches": 2}
+    content = tiny(method, folder, devices=ranks, optimizer={"batch_size": 8 // ranks}, data=data, **quiet)
     whole = folder / "whole"
-    found = [f"{method}: the whole run: {problem}" for problem in _train(content, whole, ranks, STEPS)]
+    last = min(max(steps) + FURTHER, STEPS)
+    found = [f"{method}: the whole run: {problem}" for problem in _train(content, whole, ranks, last)]
     for step in [] if found else steps:
         end, there = min(step + FURTHER, STEPS), folder / str(step)
         problems = _train({**content, "resume": str(whole / f"{step}.ckpt")}, there, ranks, end)

@@ -154,7 +154,7 @@ class Ordeal:
                 end = time.monotonic() + instant
             if any(map(processes.killed, statuses.values())) or time.monotonic() >= end:
                 return self._kill(children, board, statuses, victims)
-            time.sleep(0.0005)
+            time.sleep(min(processes.PAUSE, max(end - time.monotonic(), 0.0)))
         return list(statuses.values())
 
     def _kill(self, children: list[int], board: mmap.mmap, statuses: dict[int, int], victims: list[int]) -> list[int]:

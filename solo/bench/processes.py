@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from solo.errors import SoloError
 
+PAUSE = 0.002       # seconds between two looks whether a process has ended
 
 def fork(ranks: int, log: Path, body: Callable[[int], object]) -> list[int]:
     """Start ``body(rank)`` in processes of their own, which end with the exit code a command would have.
@@ -56,7 +57,7 @@ def wait(children: Iterable[int], seconds: float) -> dict[int, int]:
                     found[child] = status
         if time.monotonic() >= deadline:
             break
-        time.sleep(0.0005)
+        time.sleep(PAUSE)
     return found
 
 

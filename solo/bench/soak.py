@@ -205,7 +205,7 @@ def _both(alone: Life, life: Life, seconds: float) -> bool:
     """Let both live, and look at both; whether the second still does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and alone.pass_time(0.01):
-        if not life.pass_time(1.0):
+        if not life.pass_time(min(1.0, deadline - time.monotonic())):
             return False
     return True
 
