@@ -19,6 +19,7 @@ from solo.errors import SoloError
 
 PAUSE = 0.002       # seconds between two looks whether a process has ended
 
+
 def fork(ranks: int, log: Path, body: Callable[[int], object]) -> list[int]:
     """Start ``body(rank)`` in processes of their own, which end with the exit code a command would have.
 
