@@ -142,15 +142,23 @@ def judged_by_methods(letters):
                         yield typed, meant, str(error)
 
 
+def stated():
+    """The page's figures, of configs by one letter and by all, and of methods so: slips, and those without the right key."""
+    (row,) = re.findall(r"^\| F1 an unknown key.*", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)
+    found = re.findall(r"([\d,]+) slips, all but (\d+)", row)
+    return [(int(slips.replace(",", "")), int(wrong)) for slips, wrong in found]
+
+
 @pytest.mark.parametrize("letters", ["e", pytest.param(string.ascii_lowercase + "_", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("judge_all, least", [(judged, 5_000), (judged_by_methods, 3_000)], ids=["configs", "methods"])
-def test_every_slip(judge_all, least, letters):
+@pytest.mark.parametrize("judge_all, place", [(judged, 0), (judged_by_methods, 2)], ids=["configs", "methods"])
+def test_every_slip(judge_all, place, letters):
+    least, wrong = stated()[place + (len(letters) > 1)]
     found = list(judge_all(letters))
     taken = [(typed, meant) for typed, meant, said in found if said is None]
-    assert len(found) > least and not taken, taken[:10]
+    assert len(found) >= least and not taken, taken[:10]
     right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
     print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
-    assert sum(right) >= 0.95 * len(right)
+    assert len(right) - sum(right) <= wrong
 
 
 @pytest.mark.parametrize("value", [1, None], ids=["a value", "null"])
