@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from solo.config import load, plain
-from solo.console import quiet_libraries
+from solo.console import Bar, quiet_libraries, table
 from solo.errors import ConfigError, Parser, SoloError, reported
 from solo.experiment import experiment
 from solo.testing.case import SIZES, Case
@@ -45,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _build(case)
     logging.getLogger("solo").setLevel(logging.ERROR)       # what the small runs have to say
     rows = []
-    with Console(stderr=True).status("training") as status, redirect_stdout(StringIO()):
+    with Bar(bar_format="{n_fmt} checks, {elapsed}{postfix}", leave=False, disable=None) as bar, redirect_stdout(StringIO()):
         for row in certificate(case, options.ranks):
             rows.append(row)
-            status.update(f"{row.check}: {row.result}")
+            bar.set_postfix_str(f"{row.check}: {row.result}", refresh=False)
+            bar.update()
     print_markdown(options.method, rows) if options.markdown else print_table(options.method, rows)
     return 1 if any(row.problem for row in rows) else 0
 
@@ -92,16 +91,11 @@ def _title(method: str, rows: Sequence[Row]) -> str:
 
 def print_table(method: str, rows: Sequence[Row]) -> None:
     """A table for the terminal, and below it what fails and what else there is to say."""
-    table = Table(title=_title(method, rows), title_justify="left")
-    for heading in ("check", "result", "largest difference", "bound"):
-        table.add_column(heading, justify="right" if heading in ("largest difference", "bound") else "left")
-    for row in rows:
-        table.add_row(row.check, row.result, *_numbers(row), style="bold red" if row.problem else None)
-    console = Console()
-    console.print(table)
+    columns = ["check", "result", "largest difference", "bound"]
+    print(table(_title(method, rows), columns, [[row.check, row.result, *_numbers(row)] for row in rows], left=(0, 1)))
     for row in rows:
         if row.remark:
-            console.print(f"{row.check}: {row.remark}", markup=False, highlight=False, soft_wrap=True)
+            print(f"{row.check}: {row.remark}")
 
 
 def print_markdown(method: str, rows: Sequence[Row]) -> None:

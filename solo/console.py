@@ -3,7 +3,14 @@
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+T = TypeVar("T")
 
 log = logging.getLogger("solo")
 
@@ -23,6 +30,30 @@ def warn(text: str) -> None:
     """Tell the user something that is probably not meant, once for all ranks."""
     if main_process():
         log.warning(text)
+
+
+class Bar(tqdm):
+    """A bar that starts no thread, and whose lock no other process can hold: a worker may be killed at any time."""
+
+    monitor_interval = 0
+
+
+Bar.set_lock(threading.RLock())
+
+
+def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The items, on a terminal beside a bar of how far one is, which goes with the last."""
+    return Bar(items, what, total, leave=False, file=sys.stdout, disable=None, dynamic_ncols=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> str:
+    """A text in columns, below a title where there is one; those not in ``left`` stand to the right."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<" if place in left else ">" for place in range(len(columns))]
+    text = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)) for line in lines]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join([title] * bool(title) + [line.rstrip() for line in text])
 
 
 def quiet_libraries() -> None:

@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import track
 
-from solo.console import log, say
+from solo.console import log, say, watched
 from solo.data.decoding import BadImage
 from solo.data.reads import moving
 from solo.data.sources import Source
@@ -73,8 +71,8 @@ def decode_all(source: Source, shape: tuple[int, ...]) -> Decoded | None:
     images = np.zeros((len(source), *shape), dtype=np.uint8)
     unreadable: dict[int, str] = {}
     numbers: Iterable[int] = range(len(source))
-    if len(source) >= WORTH and Console().is_terminal:
-        numbers = track(numbers, "decoding images", transient=True)
+    if len(source) >= WORTH:
+        numbers = watched(numbers, "decoding images")
     # Threads would only wait for each other: decoding small images holds the interpreter lock.
     for i in numbers:
         try:

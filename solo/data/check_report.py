@@ -10,10 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from solo.console import table
 from solo.data.decoding import BadImage
 from solo.data.scan import Scan
 from solo.data.sources import Source
@@ -100,24 +98,19 @@ def summary(dataset: str, parts: list[Part], found: list[Finding]) -> dict[str, 
 
 def show(dataset: str, parts: list[Part], found: list[Finding]) -> None:
     """Print what is there, then what is wrong, with the first example of each."""
-    console = Console()
-    table = Table("", *(part.name for part in parts), title=dataset, title_justify="left")
     columns = [_column(part.facts()) for part in parts]
-    for name in columns[0]:
-        table.add_row(name, *(escape(column.get(name, "")) for column in columns))
-    console.print(table)
+    names = [part.name for part in parts]
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in columns[0]]
+    print(table(dataset, ["", *names], rows, left=range(1 + len(parts))))
     if not found:
-        console.print("nothing wrong was found")
-        return
-    table = Table("found", "groups", *(part.name for part in parts))
-    table.add_column("the first", overflow="fold")
+        print("nothing wrong was found")
     for finding in found:
+        counts = ", ".join(f"{finding.images(number):,} of {name}" for number, name in enumerate(names))
+        print(f"\n{finding.kind}: {finding.meaning}\n  groups: {len(finding.groups):,}; images: {counts}; the first:")
         first = finding.groups[0]
         examples = [f"{parts[place.part].name} {_name(parts, place)}" for place in _apart(first.places)]
-        words = [*examples, *filter(None, [first.why])]
-        counts = [f"{finding.images(number):,}" for number in range(len(parts))]
-        table.add_row(f"{finding.kind}: {finding.meaning}", f"{len(finding.groups):,}", *counts, escape("\n".join(words)))
-    console.print(table)
+        for line in [*examples, *filter(None, [first.why])]:
+            print(f"  {line}")
 
 
 def _column(facts: dict[str, Any]) -> dict[str, str]:

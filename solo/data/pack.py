@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from solo.console import quiet_libraries, say
+from solo.console import quiet_libraries, say, watched
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage
@@ -102,8 +100,7 @@ def _write_bytes(group: Any, source: Source, workers: int) -> list[int]:
     """How many bytes each image has."""
     sizes: list[int] = []
     waiting = bytearray()
-    quiet = not Console().is_terminal
-    for content in track(_contents(source, workers), "packing images", len(source), disable=quiet, transient=True):
+    for content in watched(_contents(source, workers), "packing images", len(source)):
         sizes.append(len(content))
         waiting += content
         if len(waiting) >= _VECTOR or len(sizes) == len(source):

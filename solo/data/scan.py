@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
+from solo.console import watched
 from solo.data.config import DataConfig
 from solo.data.decoding import BadImage, decode
 from solo.data.duplicates import COLUMNS, ROWS, thumbnail
@@ -68,8 +67,7 @@ def scan(source: Source, config: DataConfig, in_chans: int, what: str = "images"
     workers = Workers(Job(source, [], (0.0,) * in_chans, (1.0,) * in_chans, 0, config), _Look(source, in_chans), view_bytes=0)
     payloads = workers.batches(Slot(0, chunk) for chunk in chunks)
     try:
-        quiet = not Console().is_terminal
-        seen = list(track(payloads, f"looking at {len(source):,} {what}", len(chunks), transient=True, disable=quiet))
+        seen = list(watched(payloads, f"looking at {len(source):,} {what}", len(chunks)))
     finally:
         payloads.close()
         workers.close()

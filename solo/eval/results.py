@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from solo.console import table
 from solo.errors import EnvironmentFault
 from solo.files import write_file
 from solo.reading import read_json
@@ -69,12 +67,7 @@ def unwritable(path: Path, error: OSError) -> EnvironmentFault:
 
 def show(title: str, columns: list[str], rows: list[list[Any]], caption: str = "") -> None:
     """Print a table and a line below it; floats get two digits."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
-    console = Console()
-    console.print(table)
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    print(table(title, columns, cells))
     if caption:
-        console.print(caption, style="dim", highlight=False, soft_wrap=True)
+        print(caption)
