@@ -32,13 +32,13 @@ def warn(text: str) -> None:
         log.warning(text)
 
 
+tqdm.set_lock(threading.RLock())        # its own is shared with workers, one of which may be killed while it holds it
+
+
 class Bar(tqdm):
-    """A bar that starts no thread, and whose lock no other process can hold: a worker may be killed at any time."""
+    """A bar that starts no thread."""
 
     monitor_interval = 0
-
-
-Bar.set_lock(threading.RLock())
 
 
 def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

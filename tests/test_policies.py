@@ -56,6 +56,8 @@ HOMES = {
     "nvidia": ("data/engines/dali_graph.py", "bench/peers/dali.py"),
     "wandb": "loggers.py",
     "umap": "eval/umap.py",
+    "tqdm": ("console.py", "callbacks/progress.py"),
+    "rich": (),         # where it is not installed, all runs: the GPU benchmark in an interpreter as it is
     "open_clip": "towers.py",
     "huggingface_hub": "towers.py",
 }

@@ -1,6 +1,7 @@
 """Where the run is and how fast it goes: a live bar on a terminal, one line per epoch elsewhere."""
 
 import logging
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -8,14 +9,13 @@ from typing import Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich import progress_bar
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from tqdm.contrib import DummyTqdmFile  # type: ignore[import-untyped]
 
 from solo.batch import Batch
 from solo.callbacks.metrics import MetricsLogger
+from solo.console import Bar
+
+_EACH = 0.125       # seconds from one look of the bar to the next
 
 
 class RunProgress(ProgressBar):
@@ -25,16 +25,18 @@ class RunProgress(ProgressBar):
     batches: what follows it in a step is counted as waiting for data.
 
     Args:
-        console: where to print; by default stdout.
+        file: where to print; by default stdout, as it is then.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, file: TextIO | None = None) -> None:
         super().__init__()
         self.metrics: MetricsLogger | None = None
-        self.console = console or Console()
+        self._file = file
         self._enabled = True
-        self._live: Live | None = None
+        self._bars: list[Bar] = []                  # of the epoch, and its numbers below
+        self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
         self._log_streams: dict[logging.StreamHandler[TextIO], TextIO] = {}
+        self._shown = 0.0
         self._epoch_number, self._batch, self._validating = 0, 0, False
         self._images, self._waited, self._busy = 0, 0.0, 0.0
         self._validation: dict[str, float] = {}
@@ -48,7 +50,7 @@ class RunProgress(ProgressBar):
         self._enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        self.console.print(*args, **kwargs)
+        print(*args, **{"file": self._file or sys.stdout, **kwargs})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -61,7 +63,7 @@ class RunProgress(ProgressBar):
         self._mark = self._began = time.monotonic()
         self._first_step = trainer.global_step
         self._epoch_number = trainer.current_epoch + 1          # a run resumed in mid-epoch starts none
-        if self._enabled and (self.console.is_jupyter or self.console.file.isatty()):
+        if self._enabled and (self._file or sys.stdout).isatty():
             self._start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,9 +80,11 @@ class RunProgress(ProgressBar):
         self._busy += self._lap()
         self._images += len(batch.labels) * trainer.world_size
         self._batch = batch_idx + 1
+        self._show()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating = not trainer.sanity_checking
+        self._show(at_once=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating = False
@@ -95,9 +99,8 @@ class RunProgress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validation = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()
                             if name.startswith("val/") and not name.endswith("acc5")}
-        if self._enabled and self._live is None:
-            line = f"{self._epoch()} · step {trainer.global_step} · {self._numbers()}"
-            self.console.print(line, soft_wrap=True, highlight=False)
+        if self._enabled and not self._bars:
+            self.print(f"{self._epoch()} · step {trainer.global_step} · {self._numbers()}", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -107,33 +110,36 @@ class RunProgress(ProgressBar):
 
     def _start(self) -> None:
         """Show the bar; what is printed or logged meanwhile appears above it."""
-        before = sys.stdout, sys.stderr
-        self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8)
-        self._live.start()                                      # stands in for both streams, for whoever looks them up
-        moved = dict(zip(before, (sys.stdout, sys.stderr), strict=True))
+        file, self._streams = self._file or sys.stdout, (sys.stdout, sys.stderr)
+        form = {"file": file, "dynamic_ncols": True, "bar_format": "", "colour": "cyan"}
+        self._bars = [Bar(position=0, **form), Bar(position=1, **form)]
+        sys.stdout = sys.stderr = above = DummyTqdmFile(file)
         loggers = [logging.root, *logging.root.manager.loggerDict.values()]
         for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in moved:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in self._streams:
                 self._log_streams[handler] = handler.stream
-                handler.setStream(moved[handler.stream])
+                handler.setStream(above)
 
     def _stop(self) -> None:
-        if self._live is not None:
+        if self._bars:
+            self._show(at_once=True)
             for handler, stream in self._log_streams.items():
                 handler.setStream(stream)
-            self._log_streams = {}
-            self._live.stop()
-            self._live = None
+            sys.stdout, sys.stderr = self._streams
+            for bar in self._bars:
+                bar.close()
+            self._bars, self._log_streams = [], {}
 
-    def _render(self) -> RenderableType:
-        row = Table.grid(padding=(0, 1), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        total = self.total_train_batches
-        bar = progress_bar.ProgressBar(total=total, completed=self._batch)
-        row.add_row(f"[bold]{self._epoch()}", bar, "validating" if self._validating else f"{self._batch}/{total}")
-        return Group(row, Text(self._numbers(), style="cyan"))
+    def _show(self, at_once: bool = False) -> None:
+        if self._bars and (at_once or time.monotonic() - self._shown >= _EACH):
+            epoch, numbers = self._bars
+            epoch.n, epoch.total = self._batch, self.total_train_batches
+            done = "validating" if self._validating else f"{self._batch}/{epoch.total}"
+            epoch.bar_format = f"{self._epoch()} {{bar}} {done}"
+            numbers.bar_format = self._numbers()[: shutil.get_terminal_size().columns - 1]
+            for bar in self._bars:
+                bar.refresh()
+            self._shown = time.monotonic()
 
     def _epoch(self) -> str:
         last = self.trainer.max_epochs

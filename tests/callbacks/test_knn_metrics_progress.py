@@ -4,13 +4,14 @@ import csv
 import io
 import logging
 import sys
+import threading
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from rich.console import Console
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from solo.callbacks.health import Health, HealthConfig
 from solo.callbacks.knn import KNNCallback, KNNConfig
@@ -110,7 +111,7 @@ def test_loss_is_not_divided_by_accumulation():
 
 def test_progress_is_a_line_per_epoch_without_a_terminal():
     metrics, out = MetricsLogger(), io.StringIO()
-    bar = RunProgress(Console(file=out, width=200))
+    bar = RunProgress(out)
     fit([OnlineProbe(dim=6, num_classes=CLASSES, lr=0.1), KNNCallback(CLASSES), metrics, bar], log_every_n_steps=2)
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
@@ -124,11 +125,12 @@ def test_progress_is_live_on_a_terminal_and_stops_on_errors():
         def isatty(self) -> bool:
             return True
 
-    out = Terminal()
+    out, before = Terminal(), threading.active_count()
     metrics = MetricsLogger()
-    bar = RunProgress(Console(file=out, width=100, force_terminal=True))
+    bar = RunProgress(out)
     fit([metrics, bar], log_every_n_steps=1)
-    assert "epoch 2/2" in out.getvalue() and "6/6" in out.getvalue() and bar._live is None
+    assert "epoch 2/2" in out.getvalue() and "6/6" in out.getvalue() and not bar._bars
+    assert threading.active_count() == before and type(tqdm.get_lock()) is type(threading.RLock())      # none of workers' too
 
 
 def test_what_is_said_while_the_bar_runs_stays_above_it(monkeypatch):
@@ -147,7 +149,7 @@ def test_what_is_said_while_the_bar_runs_stays_above_it(monkeypatch):
     handler = logging.StreamHandler(sys.stdout)         # as `quiet_libraries` makes it, before there is a bar
     logging.root.addHandler(handler)
     try:
-        fit([Speaker(), MetricsLogger(), RunProgress(Console(file=out, width=100, force_terminal=True))], max_epochs=1)
+        fit([Speaker(), MetricsLogger(), RunProgress(out)], max_epochs=1)
     finally:
         logging.root.removeHandler(handler)
     shown = out.getvalue().splitlines()
