@@ -103,8 +103,9 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         raise ConfigError(f"{path} was written by method {provenance['method']!r}, but method={config.method}")
     if problem := checkpoint.misfit(method.state_dict(), content["state_dict"]):
         raise ConfigError(f"{path} does not fit this model: {problem}")
+    asked = [flat(content) for content in (provenance["config"], config.record())]
     for key in _OF_THE_OPTIMIZERS_STATE:
-        then, now = (flat(asked).get(key) or None for asked in (provenance["config"], config.record()))
+        then, now = (values.get(key) or None for values in asked)
         if then != now:
             raise ConfigError(f"{path} cannot be continued: it holds what an optimizer with {key}={then} kept, now it is {now}")
     if problem := continuing.problem(content, method, trainer):
@@ -119,7 +120,7 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         f"step {content['global_step']})")
     for key, (then, now) in config.changes(provenance["config"]).items():
         say(f"note: {key} is {now}, it was {then} when this checkpoint was saved")
-    then, now = flat(provenance["config"]).get("optimizer.batch_size"), config.optimizer.batch_size
+    then, now = asked[0].get("optimizer.batch_size"), config.optimizer.batch_size
     steps = content.get("DataModule", {}).get("global_batch")
     if then not in (now, None) and steps == now * trainer.world_size:         # else the data refuse to go on
         say(f"note: each process takes {now} images of a step, it took {then} when this checkpoint was saved: the steps are of "

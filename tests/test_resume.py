@@ -2,7 +2,6 @@
 
 import errno
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,23 +68,26 @@ class Enough(Exception):
     """Ends a run that has shown what it should."""
 
 
-class FewSteps(EveryStep):
-    """Ends the run some steps after its beginning, with a checkpoint."""
+class TwoSteps(EveryStep):
+    """Ends the run behind its second step, or its last, with a checkpoint that stays in memory."""
 
-    def __init__(self, folder, steps):
-        super().__init__(folder)
-        self.steps = steps
+    def __init__(self, monkeypatch):
+        super().__init__(None)
+        self.monkeypatch = monkeypatch
 
     def on_train_batch_end(self, trainer, *rest):
         super().on_train_batch_end(trainer, *rest)
-        if len(self.losses) == self.steps:
+        if len(self.losses) == 2 or trainer.global_step == STEPS:
+            with self.monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "save", lambda content, *_, **__: setattr(self, "state", state(content)))
+                trainer.save_checkpoint("nowhere")
             raise Enough
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
+def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced, monkeypatch):
     """Two steps from each one's checkpoint lead to the bits of the checkpoint two steps later, and so to all that follow.
 
     Every third one with workers, of which each start takes longer than the two steps.
@@ -96,15 +98,12 @@ def test_resume_from_every_step_is_bit_exact(method, workers, tmp_path, traced):
     final, losses = traced(values(method, tmp_path / "whole", **content), saved)
     assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) == STEPS
     for step in range(1, STEPS, 3 if workers else 1):
-        there = tmp_path / f"from{step}"
-        there.mkdir()
-        watcher = FewSteps(there, 2)
-        with suppress(Enough):
-            pretrain(experiment(values(method, there, **content, resume=str(saved / f"{step}.ckpt"))), [watcher])
+        again, watcher = values(method, tmp_path / f"from{step}", **content), TwoSteps(monkeypatch)
+        with pytest.raises(Enough):
+            pretrain(experiment({**again, "resume": str(saved / f"{step}.ckpt")}), [watcher])
         end = min(step + 2, STEPS)
         assert watcher.losses == {number: losses[number] for number in range(step + 1, end + 1)}, f"resumed after step {step}"
-        found, expected = (state(checkpoint.read(folder / f"{end}.ckpt")) for folder in (there, saved))
-        assert_same(found, expected, f"resumed after step {step}: ")
+        assert_same(watcher.state, state(checkpoint.read(saved / f"{end}.ckpt")), f"resumed after step {step}: ")
     resumed, rest = traced(values(method, tmp_path / "rest", **content, resume=str(saved / "11.ckpt")))
     assert rest == {number: loss for number, loss in losses.items() if number > 11}
     assert_same(state(resumed), state(final))
