@@ -24,7 +24,7 @@ NO_REPORT = "report.enabled=false"
 def start(folder, *arguments):
     """``main_pretrain.py`` with two processes; 16 steps in each of two epochs."""
     report = {"enabled": True, "points": 50, "images": 2, "max_train": 200}
-    content = values("all4one", "runs", data={"train_size": 256}, max_epochs=2, devices=2, report=report)
+    content = values("all4one", "runs", data={"train_size": 256}, max_epochs=2, devices=2, report=report, limit_val_batches=2)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-path", str(folder), "--config-name", "tiny.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
