@@ -225,9 +225,9 @@ def weights(runs):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Four epochs of 12 steps, and the weights of a run that nobody interrupts."""
+    """Three epochs of 12 steps, and the weights of a run that nobody interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    content = values("all4one", "runs", data={"train_size": 96}, max_epochs=4, limit_val_batches=2)
+    content = values("all4one", "runs", data={"train_size": 96}, max_epochs=3, limit_val_batches=2)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     running = command(folder)
     _, err = running.communicate(timeout=300)
