@@ -68,11 +68,11 @@ def inside(values, path):
 
 
 def renamed(values, names):
-    """The config with keys, given by their paths, called otherwise."""
+    """The config with keys, given by their paths, called otherwise, in each of several ways."""
     values = copy.deepcopy(values)
     for path in {place[:-1] for place in names}:
         block = inside(values, path)
-        changed = {names.get((*path, key), key): value for key, value in block.items()}
+        changed = {name: value for key, value in block.items() for name in names.get((*path, key), [key])}
         block.clear()
         block.update(changed)
     return values
@@ -92,8 +92,8 @@ def said_of(file, values):
 def judged(letters):
     """(typed, meant, what was said or None where it was taken) for each slip in each key of the shipped configs.
 
-    All errors are told at once, so one slip in each key is judged together, but for those inside of a block whose own key has
-    one, and alone where nothing names it.
+    All errors are told at once, so all slips in each key are judged together, but for those inside of a block whose own key has
+    some, and alone where nothing names them.
     """
     seen = set()
     for file in CONFIGS:
@@ -105,18 +105,20 @@ def judged(letters):
             new = [key for place, key in places.items() if place not in seen]
             wanted |= {(*path, key): sorted({*slips(key, letters)} - keys) for key in new}
             seen |= set(places)
-        while any(wanted.values()):
-            names = {}
+        while wanted:
+            names, taken = {}, set()
             for place, typed in wanted.items():
                 inside_another = any(place[:depth] in names for depth in range(1, len(place)))
-                if typed and not inside_another and typed[-1] not in names.values():
-                    names[place] = typed.pop()
+                if not inside_another and taken.isdisjoint(typed):
+                    names[place] = typed
+                    taken |= {*typed}
             lines = {}
             for line in (said_of(file, renamed(values, names)) or "").splitlines():
                 if told := UNKNOWN.match(line):
                     lines.setdefault(told[1], []).append(line)
-            for place, typed in names.items():
-                yield typed, place[-1], "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, {place: typed}))
+            for place in names:
+                for typed in wanted.pop(place):
+                    yield typed, place[-1], "\n".join(lines.get(typed, [])) or said_of(file, renamed(values, {place: [typed]}))
 
 
 def schemas(schema, path=()):
