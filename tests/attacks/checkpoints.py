@@ -101,7 +101,7 @@ def described(value: bytes) -> bytes:
 
 def archive(file: Path, description: bytes, members: dict[str, bytes] | None = None, compressed: bool = False) -> None:
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", kind) as opened:
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", kind, compresslevel=1) as opened:
         warnings.simplefilter("ignore")     # two members of one name
         opened.writestr("archive/data.pkl", description)
         for name, content in {"version": b"3\n", "byteorder": b"little", **(members or {})}.items():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.attacks.registry import Maker, attack, each, payloads
+from tests.attacks.registry import Maker, attack, each, payloads, zeros
 
 
 def npz(compressed: bool = False, replace: dict[str, Any] | None = None, **arrays: Any) -> Maker:
@@ -25,7 +25,7 @@ def npz(compressed: bool = False, replace: dict[str, Any] | None = None, **array
             "jpeg": np.frombuffer(image * 2, np.uint8), "offsets": np.array([0, len(image), 2 * len(image)]),
             "labels": np.array([0, 1]), "split": np.array([0, 0]), "classes": np.array(["a", "b"]), **arrays,
         }
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as opened:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED, compresslevel=1) as opened:
             for name, array in content.items():
                 array = array(ran) if callable(array) else array
                 opened.writestr(f"{name}.npy", (replace or {}).get(name) or dumped(array))
@@ -148,7 +148,7 @@ each(
 each(
     "tar",
     compressed=tar(mode="w:gz"),
-    compressed_bomb=lambda file, ran: file.write_bytes(zlib.compress(bytes(1 << 28))),
+    compressed_bomb=lambda file, ran: file.write_bytes(zeros()),
     zip=lambda file, ran: zipfile.ZipFile(file, "w").writestr("../../evil.png", png(8, 8)),
     a_pickle=lambda file, ran: file.write_bytes(pickle.dumps(payloads(ran)["os-system"])),
     only_links=lambda file, ran: _only_links(file),
@@ -185,11 +185,11 @@ def jpeg(width: int = 16, height: int = 16) -> bytes:
 
 EPS = b"%%!PS-Adobe-3.0 EPSF-3.0\n%%%%BoundingBox: 0 0 9 9\n(%s) (w) file closefile\n"
 IMAGES: dict[str, bytes | Callable[[Path], bytes]] = {
-    "png-bomb": lambda ran: png_of(20_000, 20_000, zlib.compress(bytes(1 << 28))),
+    "png-bomb": lambda ran: png_of(20_000, 20_000, zeros()),
     "png-giant": png_of(2**31 - 1, 2**31 - 1),
     "png-without-data": png_of(8_000, 8_000),
-    "png-text-bomb": lambda ran: png_of(8, 8, zlib.compress(bytes(200)), (b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 28)))),
-    "png-profile-bomb": lambda ran: png_of(8, 8, b"", (b"iCCP", b"x\0\0" + zlib.compress(bytes(1 << 28)))),
+    "png-text-bomb": lambda ran: png_of(8, 8, zlib.compress(bytes(200)), (b"zTXt", b"x\0\0" + zeros())),
+    "png-profile-bomb": lambda ran: png_of(8, 8, b"", (b"iCCP", b"x\0\0" + zeros())),
     "png-chunk-giant": b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffIHDR",
     "jpeg-giant": jpeg(65_535, 65_535),
     "jpeg-zero": jpeg(0, 0),

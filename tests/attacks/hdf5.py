@@ -15,7 +15,7 @@ import numpy as np
 
 from solo.data.hdf5 import ARRAYS, checksum
 from tests.attacks.datasets import png
-from tests.attacks.registry import Maker, each, payloads
+from tests.attacks.registry import Maker, each, payloads, zeros
 
 IMAGE = np.frombuffer(png(8, 8), np.uint8)
 U8 = h5py.h5t.NATIVE_UINT8
@@ -162,7 +162,7 @@ def many_links(opened: h5py.File) -> None:
 
 
 def bomb(declared: int) -> Change:
-    data = {0: zlib.compress(bytes(1 << 28), 1)}
+    data = {0: zeros()}
     return dataset("a/0.png", (declared,), chunk=declared, filters=(DEFLATE,), data=data)
 
 

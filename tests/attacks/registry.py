@@ -3,7 +3,9 @@
 import os
 import runpy
 import subprocess
+import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ def attack(name: str) -> Callable[[Maker], Maker]:
 def each(surface: str, **makers: Maker) -> None:
     for name, make in makers.items():
         attack(f"{surface}/{name.replace('_', '-')}")(make)
+
+
+@cache
+def zeros() -> bytes:
+    """256 MiB of them, compressed."""
+    return zlib.compress(bytes(1 << 28))
 
 
 class Payload:
