@@ -45,8 +45,12 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
-# Files with the longest tests: they begin first, so that two workers end together.
-LONGEST = ("test_chaos", "test_readme", "test_leaks", "test_compiling", "test_resume", "test_two_processes", "test_cli")
+# Files with the longest tests: they begin first, so that two workers end together. In the first of those that run alone the
+# process has a memory that no other test has used and given back.
+LONGEST = (
+    "test_step_counts", "test_chaos", "test_readme", "test_leaks", "test_compiling", "test_resume", "test_two_processes",
+    "test_cli",
+)
 
 
 @pytest.hookimpl(tryfirst=True)     # before what is asked for by -m is chosen

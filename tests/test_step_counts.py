@@ -248,7 +248,7 @@ class Memory(pl.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.alone      # memory that other tests gave back is no memory of this one
+@pytest.mark.alone      # the first of these: memory that other tests gave back is no memory of this one
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory from /proc")
 def test_nothing_grows_over_two_thousand_steps(tmp_path):
     memory = Memory()
