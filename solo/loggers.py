@@ -44,8 +44,9 @@ def loggers(config: Experiment, run_dir: Path) -> list[Logger]:
 
 def forget(run_dir: Path) -> None:
     """What begins in this directory is another run, on servers as well."""
-    for name in SERVERS:
-        _kept(run_dir, name).unlink(missing_ok=True)
+    for file in [_kept(run_dir, name) for name in SERVERS]:
+        if file.exists():
+            file.unlink()
 
 
 class Served(Spared):
