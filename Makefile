@@ -18,12 +18,12 @@ test test-fast: export OMP_NUM_THREADS = 1
 # Not as an environment may have it: every process would compile each file, and pytest rewrite each test, anew.
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 # Many tests fork, and a fork copies the table of all pages: of huge ones, where the system gives them on request, it is short.
-# Not for those that run alone: one counts kilobytes. They bound seconds, and mostly wait: two of them leave two cores time.
-TWO := $(RUN) -m pytest -n 2 --dist worksteal
-TOGETHER := GLIBC_TUNABLES=$${GLIBC_TUNABLES:+$$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1 $(TWO)
+# Not for those that run alone: one counts kilobytes. They bound seconds, and mostly wait: three of them leave two cores time.
+AT_ONCE := $(RUN) -m pytest --dist worksteal -n
+TOGETHER := GLIBC_TUNABLES=$${GLIBC_TUNABLES:+$$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1 $(AT_ONCE) 2
 test: env
 	$(TOGETHER) -m "not alone" $(ARGS)
-	$(TWO) -m alone
+	$(AT_ONCE) 3 -m alone
 
 test-fast: env
 	$(TOGETHER) -m "not slow" $(ARGS)
