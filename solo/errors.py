@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from solo.redaction import spoken
 
 log = logging.getLogger(__name__)
 _DYING = 1.0        # seconds that killed processes have to end
+_SPEAKING = 2.0     # seconds that a last line may take
 _LEAVING = 10.0     # seconds in which a process that is on its way out hears no other request than Ctrl-C
 
 # The signals that ask a run to end; one that is ignored, as under nohup, stays ignored.
@@ -79,11 +80,22 @@ class Interrupted(SoloError):
         self.exit_code = 128 + signal_number
 
 
-def leave(problem: str = "", code: int = EnvironmentFault.exit_code) -> NoReturn:
-    """End this process from a thread beside one that waits where nothing can wake it; ``problem``: said before."""
-    sys.stdout.flush()
-    if problem:
-        print(f"{EnvironmentFault.kind}: {problem}", file=sys.stderr, flush=True)
+def end_at_once(problem: str = "", code: int = EnvironmentFault.exit_code) -> NoReturn:
+    """End this process from a thread beside one that waits where nothing can wake it; ``problem``: said before.
+
+    Also where its streams are closed, or nobody takes what is written to them.
+    """
+
+    def speak() -> None:
+        if problem:
+            with suppress(Exception):
+                print(f"{EnvironmentFault.kind}: {spoken(problem)}", file=sys.__stderr__, flush=True)
+        with suppress(Exception):
+            sys.stdout.flush()
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    speaker.join(_SPEAKING)
     os._exit(code)
 
 

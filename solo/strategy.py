@@ -16,7 +16,8 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from solo.errors import EnvironmentFault, leave
+from solo import errors
+from solo.errors import EnvironmentFault, end_at_once
 from solo.peers import set_timeout, turn_of_first
 
 MEETING = 60.0      # seconds that processes have to find each other
@@ -99,8 +100,8 @@ def _watch(children: list[subprocess.Popen[bytes]], done: threading.Event) -> No
         child.kill()
     rank, code = next((rank, code) for rank, code in enumerate(codes, start=1) if code)
     if code > 0:
-        leave(code=code)            # it has said why
-    leave(f"rank {rank} was ended by {signal.Signals(-code).name}")
+        end_at_once(code=code)            # it has said why
+    end_at_once(f"rank {rank} was ended by {signal.Signals(-code).name}")
 
 
 def meet(trainer: pl.Trainer, timeout: float) -> None:
@@ -129,14 +130,14 @@ def meet(trainer: pl.Trainer, timeout: float) -> None:
 
 
 def _wait(trainer: pl.Trainer, met: threading.Event) -> None:
-    """End this process where torch waits on for an answer of the group's store, whose process the system has suspended.
+    """End this command where torch waits on for an answer of the group's store, whose process the system has suspended.
 
-    Looks are counted, not seconds, as of what is `answered`.
+    Looks are counted, not seconds, as of what is `answered`. A process that is no command is its user's, and is left alone.
     """
     for _ in range(_LOOKS):
-        if met.wait(2 * MEETING / _LOOKS):
+        if met.wait(2 * MEETING / _LOOKS) or errors.command is None:
             return
-    leave(_unmet(trainer, "one of them gives no answer"))
+    end_at_once(_unmet(trainer, "one of them gives no answer"))
 
 
 def _unmet(trainer: pl.Trainer, why: str) -> str:

@@ -17,6 +17,8 @@ class Named:
 
     def __contains__(self, test: tuple[Path, str]) -> bool:
         path, function = test
+        if not path.is_relative_to(TESTS):
+            return False
         place = path.relative_to(TESTS).as_posix()
         return function in self.functions or place in self.files or place.removeprefix("data/") in self.files
 

@@ -1,6 +1,8 @@
 """Every command, asked for what cannot be: one line per problem, the kind's exit code, no traceback (docs/errors.md)."""
 
 import ast
+import contextlib
+import os
 import re
 import runpy
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from solo import errors
+from solo.bench import processes
 from solo.errors import ConfigError, DataError, EnvironmentFault, Interrupted, NumericsError, SoloError, Unanswered, reported
 from tests.conftest import ROOT
 from tests.eval.runs import make_run
@@ -161,6 +164,34 @@ def test_every_error_of_the_source_is_of_a_kind_of_the_page():
 def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
     with pytest.raises(ZeroDivisionError), reported():
         1 / 0  # noqa: B018
+
+
+def full():
+    """The end of a pipe that takes nothing more, and that nobody reads."""
+    _, end = os.pipe()
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, bytes(4096))
+    os.set_blocking(end, True)
+    return os.fdopen(end, "w")
+
+
+@pytest.mark.parametrize("stream", [lambda: None, lambda: open("/dev/full", "w"), full], ids=["none", "full disk", "full pipe"])
+def test_what_ends_a_process_at_once_ends_it_whatever_becomes_of_its_streams(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(errors, "_SPEAKING", 0.2)
+
+    def body(rank):
+        sys.stdout = sys.stderr = stream()
+        if sys.stdout:
+            sys.stdout.write("x")
+        errors.end_at_once("no answer")
+
+    (child,) = processes.fork(1, tmp_path / "log", body)
+    statuses = processes.wait([child], 20)
+    processes.kill([child] if child not in statuses else [])
+    assert os.waitstatus_to_exitcode(statuses[child]) == 5
+    assert (tmp_path / "log").read_text() == "environment error: no answer\n"
 
 
 def test_modules_with_a_command_are_all_here():

@@ -160,7 +160,7 @@ def test_every_slip(judge_all, place, letters):
     assert len(found) >= least and not taken, taken[:10]
     right = [any(typed in line and line.endswith(f"{meant}?") for line in said.splitlines()) for typed, meant, said in found]
     print(f"{len(found)} slips refused, {sum(right)} with the right key offered")
-    assert len(right) - sum(right) <= wrong
+    assert len(right) - sum(right) <= wrong and sum(right) >= 0.95 * len(right)
 
 
 @pytest.mark.parametrize("value", [1, None], ids=["a value", "null"])

@@ -58,11 +58,11 @@ def open_hdf5(path: Path, in_chans: int, key: str) -> Source:
         DataError: it is damaged, incomplete, or not data only.
         EnvironmentFault: h5py is not installed.
     """
-    if not path.is_file():
+    if not noted(path.is_file, path):
         raise ConfigError(f"{key}={path} is not a file; data.dataset=hdf5 reads one HDF5 file of encoded images")
     h5py = library()
     try:
-        known = stamp(path)
+        known = noted(partial(stamp, path), path)
         if not _is_hdf5(path):
             raise ConfigError(f"{key}={path} is no HDF5 file")
         with _opened(path, known) as file:
@@ -249,12 +249,12 @@ class GroupedSource(_HDF5Source):
 
 
 def _checked(path: Path, known: tuple[int, int]) -> None:
-    if stamp(path) != known:
+    if noted(partial(stamp, path), path) != known:
         raise DataError(f"{path} has changed since it was opened")
 
 
 class _Binary(io.FileIO):
-    """A file whose last holder need not close it, each of whose reads is `noted`."""
+    """A file whose last holder need not close it, and that is `noted` while the system is asked."""
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer; zeros stand for what lies behind the file's end, as HDF5 itself has it."""
@@ -265,6 +265,9 @@ class _Binary(io.FileIO):
         left[:] = bytes(len(left))
         return len(view)
 
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return noted(partial(super().seek, place, whence), self.name)
+
     def __del__(self) -> None:
         self.close()
 
@@ -272,7 +275,7 @@ class _Binary(io.FileIO):
 def _is_hdf5(path: Path) -> bool:
     """By the signature, at byte 0, 512, 1024, 2048, ..."""
     found = bytearray(len(SIGNATURE))
-    with noted(lambda: _Binary(path), path) as file:
+    with noted(partial(_Binary, path), path) as file:
         size = file.seek(0, os.SEEK_END)
         for place in (0, *(512 << n for n in range(size.bit_length()))):
             file.seek(place)
@@ -284,7 +287,7 @@ def _is_hdf5(path: Path) -> bool:
 
 def _binary(path: Path, known: tuple[int, int]) -> _Binary:
     _checked(path, known)
-    return noted(lambda: _Binary(path), path)
+    return noted(partial(_Binary, path), path)
 
 
 def _opened(path: Path, known: tuple[int, int]) -> Any:

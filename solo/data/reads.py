@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 from solo import errors
 from solo.dist import rank
-from solo.errors import DataError, EnvironmentFault, leave
+from solo.errors import DataError, EnvironmentFault, end_at_once
 
 T = TypeVar("T")
 _LOOKS = 8  # in the time that a read may take, so that it ends at most an eighth of it later
@@ -147,5 +147,5 @@ def _look(seconds: float, over: threading.Event) -> None:
         before = now
         for thread in looks:
             if looks[thread] >= _LOOKS:
-                leave(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0].path}")
+                end_at_once(f"rank {rank()}: no answer within data.timeout={seconds:g} s from {now[thread][0].path}")
 
