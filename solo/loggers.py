@@ -87,10 +87,11 @@ class Served(Spared):
         if new:
             made.log_metrics(new, step)
             self._sent |= dict.fromkeys(new, step)
-            with suppress(OSError):             # a full disk takes nothing from a server
-                self._keep(made.version)
+            if made.version:                    # comet's is not known before its server answers
+                with suppress(OSError):         # a full disk takes nothing from a server
+                    self._keep(made.version)
 
-    def _keep(self, known: int | str | None) -> None:
+    def _keep(self, known: int | str) -> None:
         now = time.monotonic()
         if now - self._kept_at >= self._held:
             there = self._there if self._held else self._sent

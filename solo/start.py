@@ -115,6 +115,8 @@ def _decide(config: Experiment, run_dir: Path, method: Method, trainer: pl.Train
         _check_room(config, run_dir, method, path, trainer)
         _check_fallback(config)
     own = path.resolve().parent.parent == run_dir.resolve()
+    if not own and not complete and not checkpoint.manifest(run_dir / "checkpoints"):
+        forget(run_dir)
     doing = "complete with" if complete else "continuing" if own else "new, continuing"
     say(f"run directory: {run_dir} ({doing} {path.name if own else path}, epoch {content['epoch'] + 1}, "
         f"step {content['global_step']})")

@@ -293,6 +293,17 @@ def test_what_a_client_may_still_hold_is_sent_again(server, tmp_path, monkeypatc
     assert json.loads((tmp_path / "mlflow.json").read_text())["steps"] == {"loss": 1}
 
 
+def test_an_id_that_is_not_known_yet_is_not_kept(server, tmp_path, monkeypatch):
+    """As of comet's before its server answers."""
+    logger = started(tmp_path, "comet")
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.loggers.MLFlowLogger, "version", None)
+        logger.log_metrics({"loss": 1.0}, 1)
+    assert not (tmp_path / "comet.json").exists()
+    logger.log_metrics({"loss": 1.0}, 2)
+    assert json.loads((tmp_path / "comet.json").read_text())["id"] == "run0"
+
+
 @pytest.mark.parametrize("what", ["moved", "copied", "damaged", "on another rank", "full disk"])
 def test_whose_a_run_on_a_server_is(what, server, tmp_path, monkeypatch, caplog):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -337,3 +348,8 @@ def test_each_step_once_on_a_server_over_a_kill_and_a_resume(server, tmp_path, m
     pretrain(experiment(content))
     assert list(server) == ["run0", "run1", "run2"]
     assert [step for name, step in server["run2"] if name == "train/loss"] == list(range(1, 17))
+    (first,) = experiment(content).run_dir(8).glob("checkpoints/*08.ckpt")
+    shutil.copy(first, tmp_path / "elsewhere.ckpt")
+    shutil.rmtree(first.parent)
+    pretrain(experiment({**content, "resume": str(tmp_path / "elsewhere.ckpt")}))
+    assert list(server) == ["run0", "run1", "run2", "run3"] and min(step for _, step in server["run3"]) == 9
