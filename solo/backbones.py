@@ -54,6 +54,8 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     for key in [key for key, value in kwargs.items() if value is None]:         # which timm leaves out unseen
         if key not in _arguments(config.name):
             raise ConfigError(unknown_key(key, "backbone.kwargs", _arguments(config.name)))
+    if insecure := re.search(r"\b(http|ftp)://[^\s'\"]+", str(kwargs)):
+        raise ConfigError(f"backbone.kwargs: {insecure[0]}: weights are fetched by https only")
     is_resnet = timm.models.is_model_in_modules(config.name, ["resnet"])
     if is_resnet:
         kwargs.setdefault("zero_init_last", False)              # as the published recipes; timm's default is True

@@ -9,6 +9,7 @@ import json
 import math
 import pickletools
 import re
+import stat
 import struct
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # tables only: Python 2's names of today's modules
@@ -66,7 +67,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file; errors as of `parse_json`, and `OSError`."""
+    """A JSON file; errors as of `parse_json`, and `OSError`. A pipe is none: nobody may ever write to it."""
+    if stat.S_ISFIFO(path.stat().st_mode):
+        raise ValueError("a pipe")
     with path.open("rb") as file:
         return parse_json(file.read(MAX_JSON + 1))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from solo import backbones
 from solo.backbones import BackboneConfig
+from solo.errors import ConfigError
 from tests import forks
 from tests.conftest import ROOT
 
@@ -90,3 +91,9 @@ def test_the_width_is_that_of_the_features(name):
     """timm's MobileNetV3 says 288 and gives 1024."""
     model = backbones.build(BackboneConfig(name=name, stem="imagenet"), image_size=64)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features)
+
+
+def test_weights_are_fetched_by_https_only():
+    kwargs = {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/weights.pth"}}
+    with pytest.raises(ConfigError, match="^backbone.kwargs: http://127.0.0.1:9/weights.pth: weights are fetched by https only"):
+        backbones.build(BackboneConfig(name="resnet18", kwargs=kwargs))

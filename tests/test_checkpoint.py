@@ -349,3 +349,10 @@ def test_a_file_system_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
         with pytest.raises(EnvironmentFault, match="cannot be read: Input/output error"):
             look()
     assert (tmp_path / checkpoint.MANIFEST).read_bytes() == before and not list(tmp_path.glob("*.corrupt"))
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_none(tmp_path):
+    """Whoever opens it waits for somebody who writes."""
+    os.mkfifo(tmp_path / checkpoint.MANIFEST)
+    with pytest.raises(ConfigError, match="is not a manifest of checkpoints"):
+        checkpoint.manifest(tmp_path)

@@ -344,11 +344,13 @@ def test_each_step_once_on_a_server_over_a_kill_and_a_resume(server, tmp_path, m
     assert [step for name, step in server["run0"] if name == "val/probe_acc1"] == [7, 15]
     with pytest.raises(Dies):
         pretrain(experiment({**content, "resume": "never"}), [killed])
-    shutil.rmtree(experiment(content).run_dir(8) / "checkpoints")
+    run_dir = experiment(content).run_dir(8)
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "last.ckpt").unlink()
     pretrain(experiment(content))
     assert list(server) == ["run0", "run1", "run2"]
     assert [step for name, step in server["run2"] if name == "train/loss"] == list(range(1, 17))
-    (first,) = experiment(content).run_dir(8).glob("checkpoints/*08.ckpt")
+    (first,) = run_dir.glob("checkpoints/*08.ckpt")
     shutil.copy(first, tmp_path / "elsewhere.ckpt")
     shutil.rmtree(first.parent)
     pretrain(experiment({**content, "resume": str(tmp_path / "elsewhere.ckpt")}))

@@ -334,3 +334,11 @@ def test_too_little_room_is_known_before_the_first_step(tmp_path, monkeypatch, o
     assert pretrain(experiment(content)).checkpoint == result.checkpoint       # complete: nothing will be saved
     print(f"{estimate} bytes estimated, {real} real: {estimate / real - 1:+.1%}")
     assert 0.9 * real < estimate <= real
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_from_scratch(tmp_path):
+    content = values("nnclr", tmp_path, max_epochs=1)
+    run_dir = pretrain(experiment(content)).run_dir
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(ConfigError, match="last.ckpt leads to a checkpoint that is gone, and no other is left: resume=never"):
+        pretrain(experiment({**content, "max_epochs": 1}))

@@ -17,7 +17,7 @@ from solo.data.config import DataConfig
 from solo.data.decoding import convert_channels
 from solo.data.digits import colored_digits, digits
 from solo.data.hdf5 import open_hdf5
-from solo.data.reads import listed, moving
+from solo.data.reads import listed, moving, noted
 from solo.data.sources import (
     ArraySource,
     EncodedSource,
@@ -130,7 +130,12 @@ def _fake(config: DataConfig, train: bool) -> Source:
 def _required(config: DataConfig, what: str) -> Path:
     if config.train_path is None:
         raise ConfigError(f"data.train_path is missing: data.dataset={config.dataset} needs {what}")
-    return Path(config.train_path)
+    path = Path(config.train_path)
+    try:
+        noted(path.exists, path)
+    except OSError as error:            # a name too long, for one
+        raise ConfigError(f"data.train_path={path} cannot be reached: {error.strerror}") from error
+    return path
 
 
 def _torchvision(

@@ -93,6 +93,14 @@ def _size(path: Path) -> int:
         return -1
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    """As `stamp`; -1 where `_size` is."""
+    try:
+        return stamp(path)
+    except OSError:
+        return -1, -1
+
+
 class ArraySource:
     """Images of one size in memory.
 
@@ -242,7 +250,7 @@ class FolderSource:
         return printable(str(self.root / self._files[i]))
 
     def fingerprint(self) -> str:
-        stamps = [(file, *stamp(self.root / file)) for file in self._files]
+        stamps = [(file, *_stamp(self.root / file)) for file in self._files]
         return digest(str(self.root.resolve()), stamps, self._in_chans)
 
     def listing(self) -> object:

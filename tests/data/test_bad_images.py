@@ -315,3 +315,14 @@ def test_ranks_agree_within_the_epoch(batches: int, times: int, monkeypatch: pyt
         for loop.batch_idx in range(batches):
             count.on_train_batch_end(trainer, None)  # type: ignore[arg-type]
         assert len(asked) == more
+
+
+@pytest.mark.parametrize("engine", ["fast", "torchvision"])
+def test_a_link_that_leads_nowhere_is_a_bad_image(engine: str, tmp_path: Path) -> None:
+    """Nor round in a circle: counted and replaced as any other, also where decoded images are kept by the files' dates."""
+    make_folder(tmp_path, {"a": 30}, (16, 16))
+    (tmp_path / "a" / "x.png").symlink_to("gone.png")
+    (tmp_path / "a" / "y.png").symlink_to("y.png")
+    data = folder(tmp_path, engine=engine, num_workers=0, max_bad_fraction=0.5)
+    assert sum(len(batch.labels) for batch in data.train_dataloader()) == 32
+    assert data.bad.count == 2

@@ -27,6 +27,7 @@ def test_paths(tmp_path: Path) -> None:
     assert "data.train_path=" in said and "does not exist" in said and str(tmp_path) in said
     (tmp_path / "file.jpg").write_bytes(b"x")
     assert "is a file" in refused(tmp_path / "file.jpg")
+    assert refused(tmp_path / ("x" * 5000)).endswith("cannot be reached: File name too long")
     (tmp_path / "empty").mkdir()
     assert "no images there" in refused(tmp_path / "empty")
     (tmp_path / "texts" / "a").mkdir(parents=True)

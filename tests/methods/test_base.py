@@ -6,10 +6,13 @@ import torch
 
 from solo.batch import Batch
 from solo.errors import ConfigError
+from solo.experiment import experiment
 from solo.methods import NNCLR, Method
+from solo.run import pretrain
 from solo.testing import Case
 from solo.testing.advance import wrong_rate
 from solo.testing.invariance import ranks_equal_one
+from tests.tiny import values
 
 
 class Crops(Method):
@@ -78,3 +81,20 @@ def test_the_contract_holds_each_group_to_the_rate_of_its_own(monkeypatch):
     options = {"transformer": {"schedule": False}}
     monkeypatch.setattr(method, "param_options", lambda: options)
     assert wrong_rate(method, 2, 8, 4, 64) == []
+
+
+@pytest.mark.parametrize(("images", "shares"), [(40, [1, 4]), (48, [1, 2]), (64, [1, 1])])
+def test_an_epochs_last_step_is_the_mean_of_its_own_batches(images, shares, tmp_path):
+    """5, 6 and 8 batches, of which 4 make a step: the last one is no smaller for being of fewer."""
+    sizes = []
+
+    class Sizes(pl.Callback):
+        def on_after_backward(self, trainer, method):
+            self.summed = method.backbone.conv1.weight.grad.clone()
+
+        def on_before_optimizer_step(self, trainer, method, optimizer):
+            sizes.append(float(method.backbone.conv1.weight.grad.norm() / self.summed.norm()))
+
+    content = values("simclr", tmp_path, data={"train_size": images}, max_epochs=1, accumulate_grad_batches=4)
+    pretrain(experiment(content), [Sizes()])
+    assert sizes == pytest.approx(shares, rel=1e-6)
