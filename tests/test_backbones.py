@@ -95,5 +95,5 @@ def test_the_width_is_that_of_the_features(name):
 
 def test_weights_are_fetched_by_https_only():
     kwargs = {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/weights.pth"}}
-    with pytest.raises(ConfigError, match="^backbone.kwargs: http://127.0.0.1:9/weights.pth: weights are fetched by https only"):
+    with pytest.raises(ConfigError, match="^backbone.kwargs: http://127.0.0.1:9/weights.pth: weights are fetched by https"):
         backbones.build(BackboneConfig(name="resnet18", kwargs=kwargs))

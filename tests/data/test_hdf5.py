@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -300,17 +301,22 @@ def test_a_file_that_changes_under_way_stops_the_run(images: Path, packed: Path,
         source.encoded(0)
 
 
-def test_an_error_that_passes_is_tried_again(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, right = opened(packed), opened(packed).encoded(3)
+@pytest.mark.parametrize("layout", ["packed", "groups"])
+def test_an_error_that_passes_is_tried_again(
+    layout: str, images: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = opened(packed if layout == "packed" else group_per_class(images, tmp_path / "x.h5"))
+    right = source.encoded(3)
     monkeypatch.setattr(reads, "_WAITS", (0.0, 0.0, 0.0))
-    read, fails = os.pread, [OSError(5, "EIO"), OSError(116, "ESTALE")]
+    place: Any = (os, "pread") if layout == "packed" else (hdf5._Binary, "readinto")
+    read, fails = getattr(*place), [OSError(5, "EIO"), OSError(116, "ESTALE")]
 
-    def flaky(*words: int) -> bytes:
+    def flaky(*words: Any) -> Any:
         if fails:
             raise fails.pop()
         return read(*words)
 
-    monkeypatch.setattr(os, "pread", flaky)
+    monkeypatch.setattr(*place, flaky)
     assert source.encoded(3) == right and not fails
     fails[:] = [OSError(13, "no permission")]
     with pytest.raises(BadImage, match="PermissionError"):
