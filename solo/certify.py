@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _build(case)
     logging.getLogger("solo").setLevel(logging.ERROR)       # what the small runs have to say
     rows = []
-    with Bar(bar_format="{n_fmt} checks, {elapsed}{postfix}", leave=False, disable=None) as bar, redirect_stdout(StringIO()):
+    form = "{n_fmt} checks, {elapsed}{postfix}"
+    with Bar(bar_format=form, leave=False, file=sys.stderr) as bar, redirect_stdout(StringIO()):
         for row in certificate(case, options.ranks):
             rows.append(row)
             bar.set_postfix_str(f"{row.check}: {row.result}", refresh=False)

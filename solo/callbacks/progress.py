@@ -1,21 +1,41 @@
 """Where the run is and how fast it goes: a live bar on a terminal, one line per epoch elsewhere."""
 
 import logging
-import shutil
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from tqdm.contrib import DummyTqdmFile  # type: ignore[import-untyped]
 
 from solo.batch import Batch
 from solo.callbacks.metrics import MetricsLogger
-from solo.console import Bar
+from solo.console import Bar, is_terminal
 
 _EACH = 0.125       # seconds from one look of the bar to the next
+
+
+class _Above:
+    """Stands for a stream while bars run on a terminal: whole lines appear above them."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._line = file, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            Bar.write("\n".join(lines), file=self._file)
+        return len(text)
+
+    def finish(self) -> None:
+        """Show what there is of a line, if the terminal is still there."""
+        with suppress(OSError):
+            self.write("\n" if self._line else "")
 
 
 class RunProgress(ProgressBar):
@@ -35,6 +55,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bars: list[Bar] = []                  # of the epoch, and its numbers below
         self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
+        self._above: tuple[Any, Any] = self._streams        # what stands for them meanwhile
         self._log_streams: dict[logging.StreamHandler[TextIO], TextIO] = {}
         self._shown = 0.0
         self._epoch_number, self._batch, self._validating = 0, 0, False
@@ -63,7 +84,7 @@ class RunProgress(ProgressBar):
         self._mark = self._began = time.monotonic()
         self._first_step = trainer.global_step
         self._epoch_number = trainer.current_epoch + 1          # a run resumed in mid-epoch starts none
-        if self._enabled and (self._file or sys.stdout).isatty():
+        if self._enabled and is_terminal(self._file or sys.stdout):
             self._start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,14 +132,15 @@ class RunProgress(ProgressBar):
     def _start(self) -> None:
         """Show the bar; what is printed or logged meanwhile appears above it."""
         file, self._streams = self._file or sys.stdout, (sys.stdout, sys.stderr)
-        form = {"file": file, "dynamic_ncols": True, "bar_format": "", "colour": "cyan"}
+        form: dict[str, Any] = {"file": file, "bar_format": " ", "colour": "cyan"}
         self._bars = [Bar(position=0, **form), Bar(position=1, **form)]
-        sys.stdout = sys.stderr = above = DummyTqdmFile(file)
+        sys.stdout, sys.stderr = self._above = _Above(file), _Above(file)
         loggers = [logging.root, *logging.root.manager.loggerDict.values()]
         for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
             if isinstance(handler, logging.StreamHandler) and handler.stream in self._streams:
                 self._log_streams[handler] = handler.stream
-                handler.setStream(above)
+                handler.setStream(self._above[self._streams.index(handler.stream)])
+        self._show(at_once=True)
 
     def _stop(self) -> None:
         if self._bars:
@@ -126,6 +148,8 @@ class RunProgress(ProgressBar):
             for handler, stream in self._log_streams.items():
                 handler.setStream(stream)
             sys.stdout, sys.stderr = self._streams
+            for above in self._above:
+                above.finish()
             for bar in self._bars:
                 bar.close()
             self._bars, self._log_streams = [], {}
@@ -136,7 +160,7 @@ class RunProgress(ProgressBar):
             epoch.n, epoch.total = self._batch, self.total_train_batches
             done = "validating" if self._validating else f"{self._batch}/{epoch.total}"
             epoch.bar_format = f"{self._epoch()} {{bar}} {done}"
-            numbers.bar_format = self._numbers()[: shutil.get_terminal_size().columns - 1]
+            numbers.bar_format = self._numbers()
             for bar in self._bars:
                 bar.refresh()
             self._shown = time.monotonic()
