@@ -1,6 +1,31 @@
 """What commands show on the screen."""
 
-from solo.console import table, watched
+import functools
+import io
+import os
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from solo.console import Bar, table, watched
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def unread():
+    """A terminal of no size that nobody reads, whose write fails where it would wait, and what reads it after all."""
+    reader, writer = os.openpty()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    with open(writer, "w") as file:
+        yield file, lambda: os.read(reader, 1 << 20).decode()
+        os.set_blocking(writer, True)
+        os.close(reader)
 
 
 def test_columns_hold_their_widest_cell_words_to_the_left_and_numbers_to_the_right():
@@ -17,3 +42,46 @@ def test_columns_hold_their_widest_cell_words_to_the_left_and_numbers_to_the_rig
 def test_what_is_watched_without_a_terminal_says_nothing(capsys):
     assert list(watched(iter("abc"), "letters", 3)) == ["a", "b", "c"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_stream_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(watched(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+
+
+def test_a_terminal_shows_bars_whatever_its_size_and_the_settings_of_other_programs(unread, monkeypatch):
+    monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))     # TQDM_DISABLE=1
+    monkeypatch.delenv("COLUMNS", raising=False)
+    file, read = unread
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "__stdout__", file)
+    bar = Bar(file=file, bar_format="x" * 100)
+    assert read().count("x") == 79
+    monkeypatch.setenv("COLUMNS", "30")
+    bar.refresh()
+    assert read().count("x") == 29
+    bar.close()
+
+
+@pytest.mark.parametrize("length", [3, 60, 500])
+def test_looks_at_a_terminal_that_takes_nothing_are_left_out(length, unread, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    file, read = unread
+    upper, lower = bars = [Bar(file=file, position=place, bar_format="x" * length) for place in range(2)]
+    looks = next(number for number in range(100_000) if not (upper.display() and lower.display()))
+    assert looks > 10 and not upper.display() and not lower.display()
+    for bar in bars:
+        bar.close()
+    last = Bar(range(3), file=file, leave=False)
+    assert list(last) == [0, 1, 2]
+    assert "x" * length in read()
+
+
+def test_slow_items_after_fast_ones_are_shown(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    now, bar = 0.0, watched(range(1003), "items", 1003)
+    bar._time, bar.start_t, bar.last_print_t = lambda: now, now, now
+    for item in bar:
+        now += 0.001 if item < 1000 else 1
+    assert "| 1001/1003" in sys.stdout.getvalue() and "| 1002/1003" in sys.stdout.getvalue()

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import re
 import sys
 import threading
 
@@ -18,9 +19,11 @@ from solo.callbacks.knn import KNNCallback, KNNConfig
 from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
+from solo.console import Bar
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from tests.callbacks.toy import CLASSES, Toy, ToyData, batches, fit
+from tests.test_console import Terminal, unread  # noqa: F401
 
 
 def test_knn_is_the_offline_number_and_changes_nothing():
@@ -121,23 +124,17 @@ def test_progress_is_a_line_per_epoch_without_a_terminal():
 
 
 def test_progress_is_live_on_a_terminal_and_stops_on_errors():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     out, before = Terminal(), threading.active_count()
     metrics = MetricsLogger()
     bar = RunProgress(out)
+    streams = sys.stdout, sys.stderr
     fit([metrics, bar], log_every_n_steps=1)
+    assert sys.stdout is streams[0] and sys.stderr is streams[1]
     assert "epoch 2/2" in out.getvalue() and "6/6" in out.getvalue() and not bar._bars
     assert threading.active_count() == before and type(tqdm.get_lock()) is type(threading.RLock())      # none of workers' too
 
 
 def test_what_is_said_while_the_bar_runs_stays_above_it(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     class Speaker(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 1:
@@ -156,3 +153,66 @@ def test_what_is_said_while_the_bar_runs_stays_above_it(monkeypatch):
     assert sum("an image is bad" in line for line in shown) == 1 and any("and a print" in line for line in shown)
     assert "epoch 1/1" in "".join(shown[-3:])                                       # the bar is below
     assert "bad" not in early.getvalue() and handler.stream is early                # nothing went behind its back
+
+
+class At(pl.Callback):
+    """Does something before a batch."""
+
+    def __init__(self, batch, do):
+        self.batch, self.do = batch, do
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            self.do()
+
+
+def test_progress_without_a_stdout_is_silent(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    _, trainer = fit([MetricsLogger(), RunProgress()], max_epochs=1)
+    assert trainer.global_step == 6
+
+
+def test_progress_does_not_wait_for_a_terminal_that_takes_nothing(unread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("solo.callbacks.progress._EACH", 0)
+    file, _ = unread
+    while Bar(file=file).display():
+        pass
+    _, trainer = fit([MetricsLogger(), RunProgress(file)], max_epochs=1)
+    assert trainer.global_step == 6
+
+
+def test_the_bar_is_there_before_the_first_batch_and_follows_each(monkeypatch):
+    monkeypatch.setattr("solo.callbacks.progress._EACH", 0)
+    out, seen = Terminal(), []
+    looks = [At(batch, lambda: seen.append(out.getvalue())) for batch in (0, 2)]
+    fit([*looks, MetricsLogger(), RunProgress(out)], max_epochs=1)
+    assert "epoch 1/1" in seen[0] and "0/6" in seen[0] and "left ?" in seen[0] and "0it" not in seen[0]
+    assert "2/6" in seen[1] and "3/6" not in seen[1]
+
+
+def test_a_line_begun_on_one_stream_is_not_ended_by_the_other_nor_lost():
+    def speak():
+        print("PARTIAL", end="", flush=True)
+        print("of stderr", file=sys.stderr)
+
+    out = Terminal()
+    fit([At(1, speak), MetricsLogger(), RunProgress(out)], max_epochs=1)
+    lines = re.sub(r"\x1b(\[\d*[a-zA-Z]|D)", "", out.getvalue()).splitlines()
+    assert "of stderr" in lines and [line for line in lines if "PARTIAL" in line] == ["PARTIAL"]
+
+
+def test_an_error_gives_streams_and_handlers_back():
+    def fail():
+        during.extend([sys.stdout, sys.stderr, handler.stream])
+        raise RuntimeError("on purpose")
+
+    out, during, before = Terminal(), [], (sys.stdout, sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    logging.root.addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            fit([At(1, fail), MetricsLogger(), RunProgress(out)], max_epochs=1)
+    finally:
+        logging.root.removeHandler(handler)
+    assert during[0] is not before[0] and during[1] is during[2] is not before[1]
+    assert (sys.stdout, sys.stderr, handler.stream) == (*before, before[1])
