@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from solo.bars import Bar
 from solo.config import load, plain
-from solo.console import Bar, quiet_libraries, table
+from solo.console import quiet_libraries, table
 from solo.errors import ConfigError, Parser, SoloError, reported
 from solo.experiment import experiment
 from solo.testing.case import SIZES, Case

@@ -2,17 +2,9 @@
 
 import logging
 import os
-import select
-import shutil
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO, TypeVar
-
-from tqdm import tqdm  # type: ignore[import-untyped]
-
-T = TypeVar("T")
 
 log = logging.getLogger("solo")
 
@@ -32,56 +24,6 @@ def warn(text: str) -> None:
     """Tell the user something that is probably not meant, once for all ranks."""
     if main_process():
         log.warning(text)
-
-
-tqdm.set_lock(threading.RLock())        # its own is shared with workers, one of which may be killed while it holds it
-
-
-def is_terminal(file: TextIO | None) -> bool:
-    """Whether there is a file, and it is a terminal."""
-    return file is not None and file.isatty()
-
-
-def _takes(file: TextIO) -> bool:
-    """Whether a write would not wait, as it does for a terminal that is paused or whose connection is stuck."""
-    try:
-        return bool(select.select([], [file], [], 0)[1])
-    except (OSError, TypeError, ValueError):            # no file of the system
-        return True
-
-
-class Bar(tqdm):
-    """A bar on a terminal, nothing elsewhere. It starts no thread, and never waits for the terminal: that look is left out."""
-
-    monitor_interval = 0
-
-    def __init__(self, *given: Any, file: TextIO | None, **options: Any) -> None:
-        size = {"ncols": 80, "nrows": 24}               # not its own, which is 0 where nobody has set it
-        super().__init__(*given, file=file, disable=not is_terminal(file), miniters=1, **size, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if not _takes(self.fp):
-            return False
-        self.ncols = shutil.get_terminal_size().columns - 1
-        self._draw(str(self) if msg is None else msg, abs(self.pos) if pos is None else pos)
-        return True
-
-    def clear(self, nolock: bool = False) -> None:
-        self._draw("", abs(self.pos))           # what is printed next may wait
-
-    def _draw(self, text: str, below: int) -> None:
-        """One write without a newline: a terminal with room for any of it takes it all."""
-        self.fp.write("\x1bD" * below + f"\r{text}\x1b[K" + "\x1b[A" * below)
-        self.fp.flush()
-
-    def close(self) -> None:
-        self.leave: bool = self.leave and not self.disable and _takes(self.fp)        # else a newline follows the last look
-        super().close()
-
-
-def watched(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items, on a terminal beside a bar of how far one is, which goes with the last."""
-    return Bar(items, what, total, leave=False, file=sys.stdout)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> str:

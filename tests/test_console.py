@@ -8,7 +8,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from solo.console import Bar, table, watched
+from solo.bars import Bar, watched
+from solo.console import table
 
 
 class Terminal(io.StringIO):

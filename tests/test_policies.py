@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "solo").rglob("*.py"))
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.parent.name != "augmentations")
 
 BASE = {
-    "errors", "registry", "console", "batch", "config", "names", "devices", "dist", "agreement", "awaited", "peers",
+    "errors", "registry", "console", "bars", "batch", "config", "names", "devices", "dist", "agreement", "awaited", "peers",
     "precision", "ranges", "pairs", "reading", "redaction", "schedules", "config_files", "files", "lease",
 }
 NETWORKS = ("nn", "batching", "compiling", "backbones", "towers", "representations", "optim", "checkpoint")
@@ -56,7 +56,7 @@ HOMES = {
     "nvidia": ("data/engines/dali_graph.py", "bench/peers/dali.py"),
     "wandb": "loggers.py",
     "umap": "eval/umap.py",
-    "tqdm": ("console.py", "callbacks/progress.py"),
+    "tqdm": "bars.py",
     "rich": (),         # where it is not installed, all runs: the GPU benchmark in an interpreter as it is
     "open_clip": "towers.py",
     "huggingface_hub": "towers.py",

@@ -10,9 +10,9 @@ from typing import Any, TextIO
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 
+from solo.bars import Bar, is_terminal
 from solo.batch import Batch
 from solo.callbacks.metrics import MetricsLogger
-from solo.console import Bar, is_terminal
 
 _EACH = 0.125       # seconds from one look of the bar to the next
 

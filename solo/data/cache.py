@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from solo.console import log, say, watched
+from solo.bars import watched
+from solo.console import log, say
 from solo.data.decoding import BadImage
 from solo.data.reads import moving
 from solo.data.sources import Source

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from solo.console import quiet_libraries, say, watched
+from solo.bars import watched
+from solo.console import quiet_libraries, say
 from solo.data.config import DataConfig
 from solo.data.datasets import DATASETS, kind_of
 from solo.data.decoding import BadImage

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from solo.console import watched
+from solo.bars import watched
 from solo.data.config import DataConfig
 from solo.data.decoding import BadImage, decode
 from solo.data.duplicates import COLUMNS, ROWS, thumbnail

@@ -14,12 +14,12 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from solo.bars import Bar
 from solo.callbacks.health import Health, HealthConfig
 from solo.callbacks.knn import KNNCallback, KNNConfig
 from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.probe import OnlineProbe
 from solo.callbacks.progress import RunProgress
-from solo.console import Bar
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from tests.callbacks.toy import CLASSES, Toy, ToyData, batches, fit
