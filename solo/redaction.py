@@ -6,21 +6,27 @@ from typing import Any
 
 HIDDEN = "(hidden)"
 _OPENING = "access|account|api|auth|client|comet|deploy|encryption|hf|hub|master|mlflow|private|signing|ssh|storage|wandb"
-_KEYS = f"secret|passw|credential|authorization|({_OPENING})[-_.]?key"
+_KEYS = rf"secret|passw|credential|authorization|({_OPENING})[-_.]?keys?(?-i:(?![a-z]))"
 _OF_MODELS = ("class", "cls", "dist", "mask", "num", "pad", "pos", "prompt", "reg", "register")     # tokens of theirs
 _TOKEN = "".join(f"(?<!{word}_)" for word in _OF_MODELS) + "tokens?(?![-_]?[a-z])"
-_SECRET = re.compile(f"token|{_KEYS}", re.IGNORECASE)
+_SECRET = re.compile(f"token(?!i[sz])|{_KEYS}", re.IGNORECASE)
 _SECRET_OF_A_MODEL = re.compile(f"{_TOKEN}|{_KEYS}", re.IGNORECASE)
 _A_MODELS = re.compile(r"(^|\.)(backbone\.kwargs|method_kwargs)\.")
-_SECRET_NUMBER = re.compile(rf"(^|\.|(access|api|auth|hf|hub)_?)token$|{_KEYS}", re.IGNORECASE)    # others count, or switch
-_IN_TEXT = re.compile(          # https://user:password@host, https://token@host; ...?token=...; Authorization: Bearer ...
-    rf"""(?ix)
-    (:/{{1,2}}) (?: [^/\s]+ | [^/\s:@]+ : (?!\d*/) \S* ) (?=@)
-    | ([?&;\#] (?: key | sig | auth | [\w.-]* (?: token | signature | {_KEYS} ) [\w.-]* ) =) [^&;\#\s"']+
-    | (\b authorization ["']? \s*[:=]\s* ["']? (?: (?: basic | bearer | digest | token ) \s+ )?) [^\s"',;]+
-    | (\b bearer \s+) [^\s"',;]{{12,}}
-    """
+_SECRET_NUMBER = re.compile(rf"(^|[.-]|(access|api|auth|hf|hub)_?)token$|{_KEYS}", re.IGNORECASE)  # others count, or switch
+
+# In a text: the patterns take time linear in its length (each run of characters is entered once, or ends at what begins one).
+_WORD = r"\d*(?:[a-z]+\d*)?"
+_PORT = rf"""\d*(?: (?:/[^:@?"']*)? (?:\?[\w.-]+= | ["']) | / (?:{_WORD}[._/-])* {_WORD}@)"""        # and path of plain words
+_UP_TO_AT = re.compile(r"(?<!\S)\S+@(?!\dx\b)")         # not of image@2x.png
+_WHO = re.compile(rf"(:/{{1,2}}) (?: [^/?]+ | [^/:@]* : (?!{_PORT}) .* ) (?=@)", re.VERBOSE)
+_BEARER = re.compile(r"""(\bbearer\s+)(?!authenti|authori|credential)[^\s"',;]{12,}""", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    r"""(?P<asks>[?&;#]?)(?P<around>(?:\\?["'])?)(?P<name>(?<![\w.-])[\w.-]+)(?P<closed>(?:\\?["'])?)"""
+    r"""[ \t]*[:=]{1,2}[ \t]*(?P<opened>(?:\\?["'])?)"""
 )
+_HEADER = re.compile("authorization$", re.IGNORECASE)
+_PARAMETER = re.compile(r"^(key|sig|auth|[\w.-]*pwd)$|signature", re.IGNORECASE)
+_NUMBER = re.compile(r"""([-+]?[\d.]+(e[-+]?\d+)?|true|false|none|null)(?![^\s"',;&#)}\]])""", re.IGNORECASE)
 _SHORT = 4                              # characters; a shorter text is in too many others to be looked for inside them
 _from_environment: dict[str, str] = {}  # value -> how the config names it
 
@@ -41,8 +47,7 @@ def redacted(content: Any, environment: bool = True, key: str = "") -> Any:
         return [redacted(value, environment, key) for value in content]
     if isinstance(content, bool) or content in (None, ""):
         return content
-    of_texts = _SECRET_OF_A_MODEL if _A_MODELS.search(key) else _SECRET
-    if (of_texts if isinstance(content, str) else _SECRET_NUMBER).search(key):
+    if _is_secret(key, isinstance(content, str)):
         return HIDDEN
     if not isinstance(content, str):
         return content
@@ -57,9 +62,43 @@ def spoken(text: str) -> str:
     return _unaddressed(text)
 
 
+def _is_secret(key: str, text: bool) -> bool:
+    """Whether a text, or a number, under this key is one."""
+    of_a_model = _A_MODELS.search(key)
+    if text:
+        return bool((_SECRET_OF_A_MODEL if of_a_model else _SECRET).search(key))
+    return bool(_SECRET_NUMBER.search(key)) and not (of_a_model and key.endswith("keys"))       # it counts them
+
+
 def _unaddressed(text: str) -> str:
-    """Without who asks, or by which token, in an address or a header."""
-    return _IN_TEXT.sub(lambda found: f"{next(filter(None, found.groups()))}{HIDDEN}", text)
+    """Without who asks in an address (``https://user:password@host``) or a header, and what ``name=value`` gives away."""
+    text = _UP_TO_AT.sub(lambda found: _WHO.sub(rf"\1{HIDDEN}", found[0]), text)
+    return _BEARER.sub(rf"\1{HIDDEN}", _unassigned(text))
+
+
+def _unassigned(text: str) -> str:
+    parts, end = [], 0
+    for found in _ASSIGNED.finditer(text):
+        if found.start() >= end and (secret := _secret_after(found)):
+            parts += [text[end : found.end()], HIDDEN]
+            end = secret.end()
+    return "".join((*parts, text[end:]))
+
+
+def _secret_after(found: re.Match[str]) -> re.Match[str] | None:
+    """What a name in a text is given, if that is a secret: a header's up to the end of its line or quotes."""
+    text, begin = found.string, found.end()
+    header = _HEADER.search(found["name"])
+    parameter = found["asks"] and _PARAMETER.search(found["name"])
+    number = not found["opened"] and _NUMBER.match(text, begin)
+    if not (header or parameter or _is_secret(found["name"], text=not number)):
+        return None
+    if header or found["opened"]:
+        quote = found["opened"] or (not found["closed"] and found["around"])
+        value = rf"(?:(?!{re.escape(quote)})(?:\\.|.))+" if quote else ".+"
+    else:
+        value = r"""[^\s"'&;#]+""" if found["asks"] else r"""[^\s"',;&]+"""
+    return re.compile(value).match(text, begin)
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:
