@@ -16,8 +16,8 @@ _SECRET_NUMBER = re.compile(rf"(^|[.-]|(access|api|auth|hf|hub)_?)token$|{_KEYS}
 
 # In a text: the patterns take time linear in its length (each run of characters is entered once, or ends at what begins one).
 _WORD = r"\d*(?:[a-z]+\d*)?"
-_PORT = rf"""\d*(?: (?:/[^:@?"']*)? (?:\?[\w.-]+= | ["']) | / (?:{_WORD}[._/-])* {_WORD}@)"""        # and path of plain words
-_UP_TO_AT = re.compile(r"(?<!\S)\S+@(?!\dx\b)")         # not of image@2x.png
+_PORT = rf"""\d+(?: (?:/[^:@?"']*)? (?:\?[\w.-]+= | ["']) | / (?:{_WORD}[._/-])* {_WORD}@)"""        # and path of plain words
+_UP_TO_AT = re.compile(r"(?<!\S)\S+@(?!\dx\.(png|jpe?g|webp)\b)")         # not of image@2x.png
 _WHO = re.compile(rf"(:/{{1,2}}) (?: [^/?]+ | [^/:@]* : (?!{_PORT}) .* ) (?=@)", re.VERBOSE)
 _BEARER = re.compile(r"""(\bbearer\s+)(?!authenti|authori|credential)[^\s"',;]{12,}""", re.IGNORECASE)
 _ASSIGNED = re.compile(

@@ -136,6 +136,8 @@ def test_the_block_that_a_key_stands_in_says_what_it_opens():
     ("https://me:a/sk-0a1b@host/x", "https://(hidden)@host/x"),
     ("https://me:sk-0a1b/a@host/x", "https://(hidden)@host/x"),
     ("https://me:1234/SECRET@host", "https://(hidden)@host"),
+    ("https://me:'a/b'@host", "https://(hidden)@host"),
+    ("https://me:a@2x.org/x@2x.png", "https://(hidden)@2x.org/x@2x.png"),
     ("https://me:1234/s3cr3t@host", "https://(hidden)@host"),
     ("curl -H 'Authorization: Bearer S' x", "curl -H 'Authorization: (hidden)' x"),
     ("{'authorization': 'S', 'page': 3}", "{'authorization': '(hidden)', 'page': 3}"),
