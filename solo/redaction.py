@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-_OPENING = "access|account|api|auth|client|comet|deploy|encryption|hf|hub|master|mlflow|private|signing|ssh|storage|wandb"
-_KEYS = rf"secret|passw|credential|authorization|({_OPENING})[-_.]?keys?(?-i:(?![a-z]))"
+_OPENING = ("access|account|api|auth|aws|azure|client|comet|deploy|encryption|gcp|google|gpg|hf|hub|license|master|mlflow|"
+            "openai|private|s3|signing|ssh|storage|wandb")
+_KEYS = (r"secret|passw|passphrase|credential|authorization|cookie|jwt|(?<![a-z])(pwd|pass)(?![_a-z])|"
+         rf"({_OPENING})[-_.]?keys?(?-i:(?![a-z]))")
 _OF_MODELS = ("class", "cls", "dist", "mask", "num", "pad", "pos", "prompt", "reg", "register")     # tokens of theirs
 _TOKEN = "".join(f"(?<!{word}_)" for word in _OF_MODELS) + "tokens?(?![-_]?[a-z])"
 _SECRET = re.compile(f"token(?!i[sz])|{_KEYS}", re.IGNORECASE)
@@ -24,6 +26,7 @@ _ASSIGNED = re.compile(
     r"""(?P<asks>[?&;#]?)(?P<around>(?:\\?["'])?)(?P<name>(?<![\w.-])[\w.-]+)(?P<closed>(?:\\?["'])?)"""
     r"""[ \t]*[:=]{1,2}[ \t]*(?P<opened>(?:\\?["'])?)"""
 )
+_ISSUED = re.compile(r"\b(gh[pousr]_|hf_|sk-|glpat-|xox[abprs]-)[A-Za-z0-9-]{20,}")     # of GitHub, Hugging Face, OpenAI, ...
 _HEADER = re.compile("authorization$", re.IGNORECASE)
 _PARAMETER = re.compile(r"^(key|sig|auth|[\w.-]*pwd)$|signature", re.IGNORECASE)
 _NUMBER = re.compile(r"""([-+]?[\d.]+(e[-+]?\d+)?|true|false|none|null)(?![^\s"',;&#)}\]])""", re.IGNORECASE)
@@ -73,7 +76,7 @@ def _is_secret(key: str, text: bool) -> bool:
 def _unaddressed(text: str) -> str:
     """Without who asks in an address (``https://user:password@host``) or a header, and what ``name=value`` gives away."""
     text = _UP_TO_AT.sub(lambda found: _WHO.sub(rf"\1{HIDDEN}", found[0]), text)
-    return _BEARER.sub(rf"\1{HIDDEN}", _unassigned(text))
+    return _ISSUED.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", _unassigned(text)))
 
 
 def _unassigned(text: str) -> str:

@@ -242,7 +242,8 @@ def test_an_error_line_names_paths_of_the_environment_and_no_secret_of_it(monkey
 def test_keys_called_like_a_secret():
     hidden = ("token", "HF_TOKEN", "client_secret", "password", "passwd", "api_key", "apikey", "ACCESS_KEY", "credentials",
               "wandb_key", "tokens", "AuthToken", "github-token", "personal_access_token", "hf_token_2", "ssh_key", "hf_key",
-              "signing_key", "access_key_id", "sshKey", "api-key", "Authorization", "accessKeyId", "storage_keys")
+              "signing_key", "access_key_id", "sshKey", "api-key", "Authorization", "accessKeyId", "storage_keys", "aws_key",
+              "openai_key", "s3_key", "passphrase", "db_pass", "pwd", "cookie", "jwt")
     shown = ("key", "keys", "pooling_key", "name", "pass_through", "monkey", "epochs", "keyboard", "key_dim", "num_keys",
              "api_keypoints", "deploy.keyboard", "hf_keyword", "tokenizer")
     content = redacted({key: "text" for key in (*hidden, *shown)})
@@ -266,3 +267,10 @@ def test_wandb_is_sent_neither_code_nor_config(load, tmp_path, monkeypatch):
     (only,) = sent
     assert only["save_code"] is False and only["settings"]["disable_code"] and only["settings"]["disable_git"]
     assert only["project"] == "mine" and FROM_ENVIRONMENT not in str(only) and WRITTEN not in str(only)
+
+
+@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "hf_" + "aBcD" * 8, "sk-" + "a1B2" * 8, "glpat-" + "a1-B2" * 4])
+def test_what_a_service_issues_is_known_by_its_shape(secret):
+    for text, shown in ((secret, HIDDEN), (f"a run with {secret}, then", f"a run with {HIDDEN}, then")):
+        assert redacted({"extra": {"note": text}}) == {"extra": {"note": shown}} and redaction.spoken(text) == shown
+    assert redacted("hf_hub_download_of_a_model_that_is_large") == "hf_hub_download_of_a_model_that_is_large"
