@@ -10,6 +10,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 T = TypeVar("T")
+_WIDEST = 200       # columns
 
 tqdm.set_lock(threading.RLock())        # its own is shared with workers, one of which may be killed while it holds it
 
@@ -33,13 +34,13 @@ class Bar(tqdm):
     monitor_interval = 0
 
     def __init__(self, *given: Any, file: TextIO | None, **options: Any) -> None:
-        size = {"ncols": 80, "nrows": 24}               # not its own, which is 0 where nobody has set it
-        super().__init__(*given, file=file, disable=not is_terminal(file), miniters=1, **size, **options)
+        options = {"ascii": " =", "miniters": 1, "nrows": 24, **options}      # rows: the terminal's may be unset, which is 0
+        super().__init__(*given, file=file, disable=not is_terminal(file), **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not _takes(self.fp):
             return False
-        self.ncols = shutil.get_terminal_size().columns - 1
+        self.ncols = min(shutil.get_terminal_size().columns, _WIDEST) - 1
         self._draw(str(self) if msg is None else msg, abs(self.pos) if pos is None else pos)
         return True
 
@@ -47,7 +48,7 @@ class Bar(tqdm):
         self._draw("", abs(self.pos))           # what is printed next may wait
 
     def _draw(self, text: str, below: int) -> None:
-        """One write without a newline: a terminal with room for any of it takes it all."""
+        """One write of less than 256 bytes without a newline: a terminal with room for any of it takes it all."""
         self.fp.write("\x1bD" * below + f"\r{text}\x1b[K" + "\x1b[A" * below)
         self.fp.flush()
 

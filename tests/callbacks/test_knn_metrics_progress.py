@@ -177,7 +177,8 @@ def test_progress_does_not_wait_for_a_terminal_that_takes_nothing(unread, monkey
     file, _ = unread
     while Bar(file=file).display():
         pass
-    _, trainer = fit([MetricsLogger(), RunProgress(file)], max_epochs=1)
+    monkeypatch.setattr(sys, "stdout", file)
+    _, trainer = fit([MetricsLogger(), RunProgress()], max_epochs=1)
     assert trainer.global_step == 6
 
 
