@@ -328,13 +328,21 @@ def no_way_back():
     checkpoint.survey = survey
 
 
+def nothing_there(folder):
+    """For a library that then begins anew, where ours would still find that the link leads nowhere."""
+    link = folder.parent / "last.ckpt"
+    if link.is_symlink():
+        link.unlink()
+    return checkpoint.Survey([], {})
+
+
 @defect(then="flip", says="order")
 def from_scratch_when_damaged():
     survey = checkpoint.survey
 
     def forgetful(folder):
         found = survey(folder)
-        return checkpoint.Survey([], {}) if found.damaged else found
+        return nothing_there(folder) if found.damaged else found
 
     checkpoint.survey = forgetful
 
@@ -347,7 +355,7 @@ def damaged_one_not_set_aside():
 @defect(then="lose", says="order")
 def from_scratch_when_the_manifest_is_lost():
     survey = checkpoint.survey
-    checkpoint.survey = lambda folder: survey(folder) if checkpoint.manifest(folder) else checkpoint.Survey([], {})
+    checkpoint.survey = lambda folder: survey(folder) if checkpoint.manifest(folder) else nothing_there(folder)
 
 
 @defect(then="touch", says="order")
