@@ -190,15 +190,21 @@ def soon(holds, seconds):
     return held
 
 
+def kept_by_both(folder):
+    """What each process keeps of the step that failed, of which it has its own 8 images."""
+    kept = [json.loads(next(folder.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
+    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
+    return kept
+
+
 def test_nan_on_one_rank_stops_both_before_the_update(tmp_path):
     code, lines, took = fail(tmp_path, "nan", 1)
     assert code == 4 and took < 10 and len(lines) == 1, (code, lines, took)
     assert "non-finite loss of NNCLR at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
     last(tmp_path)
-    kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
+    kept = kept_by_both(tmp_path)
     assert [each["step"] for each in kept] == [7, 7] and "views[0]" in kept[1]["not_finite"]
     assert "views[0]" not in kept[0]["not_finite"]
-    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
 
 
 def test_a_gradient_that_overflows_on_one_rank_keeps_both_batches(tmp_path):
@@ -206,8 +212,7 @@ def test_a_gradient_that_overflows_on_one_rank_keeps_both_batches(tmp_path):
     assert code == 4 and took < 10 and len(lines) == 1, (code, lines, took)
     assert "non-finite gradient of NNCLR at step 7 " in lines[0] and "weights are those of step 6" in lines[0]
     last(tmp_path)
-    kept = [json.loads(next(tmp_path.glob(f"runs/*/failed_step{rank}.json")).read_text()) for rank in ("", "-rank1")]
-    assert len({index for each in kept for batch in each["batches"] for index in batch["indices"]}) == 16
+    kept_by_both(tmp_path)
 
 
 def test_a_save_may_take_longer_than_a_step(tmp_path):
