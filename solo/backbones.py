@@ -54,8 +54,9 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     for key in [key for key, value in kwargs.items() if value is None]:         # which timm leaves out unseen
         if key not in _arguments(config.name):
             raise ConfigError(unknown_key(key, "backbone.kwargs", _arguments(config.name)))
-    if insecure := re.search(r"\b(http|ftp)://[^\s'\"]+", str(kwargs)):
-        raise ConfigError(f"backbone.kwargs: {insecure[0]}: weights are fetched by https only")
+    for url in _addresses(kwargs) if kwargs.get("pretrained") else ():
+        if not url.lower().startswith("https://"):
+            raise ConfigError(f"backbone.kwargs: {url}: weights are fetched by https only")
     is_resnet = timm.models.is_model_in_modules(config.name, ["resnet"])
     if is_resnet:
         kwargs.setdefault("zero_init_last", False)              # as the published recipes; timm's default is True
@@ -80,6 +81,12 @@ def build(config: BackboneConfig, in_chans: int = 3, image_size: int = 224) -> n
     if all(width % 16 == 0 for width in widths):                # others crash torch 2.14's backward on some CPUs
         model = model.to(memory_format=torch.channels_last)     # the fast layout of convolutions
     return model
+
+
+def _addresses(kwargs: dict[str, Any]) -> list[str]:
+    """Where timm is told to fetch weights from."""
+    blocks = [kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
+    return [str(block["url"]) for block in blocks if isinstance(block, dict) and block.get("url")]
 
 
 def _unsuitable(config: BackboneConfig, error: Exception) -> ConfigError:

@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -29,7 +30,7 @@ def _takes(file: TextIO) -> bool:
 
 
 class Bar(tqdm):
-    """A bar on a terminal, nothing elsewhere. It starts no thread, and never waits for the terminal: that look is left out."""
+    """A bar on a terminal, nothing elsewhere. It starts no thread; looks for which the terminal has no room are left out."""
 
     monitor_interval = 0
 
@@ -49,8 +50,9 @@ class Bar(tqdm):
 
     def _draw(self, text: str, below: int) -> None:
         """One write of less than 256 bytes without a newline: a terminal with room for any of it takes it all."""
-        self.fp.write("\x1bD" * below + f"\r{text}\x1b[K" + "\x1b[A" * below)
-        self.fp.flush()
+        with suppress(BlockingIOError):         # a terminal that does not wait either
+            self.fp.write("\x1bD" * below + f"\r{text}\x1b[K" + "\x1b[A" * below)
+            self.fp.flush()
 
     def close(self) -> None:
         self.leave: bool = self.leave and not self.disable and _takes(self.fp)        # else a newline follows the last look

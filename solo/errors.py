@@ -93,10 +93,12 @@ def end_at_once(problem: str = "", code: int = EnvironmentFault.exit_code) -> No
         with suppress(Exception):
             sys.stdout.flush()
 
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
-    speaker.join(_SPEAKING)
-    os._exit(code)
+    try:
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        speaker.join(_SPEAKING)
+    finally:                            # no more threads may be had
+        os._exit(code)
 
 
 def debug() -> None:

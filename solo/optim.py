@@ -14,6 +14,31 @@ from solo.names import nearest
 from solo.ranges import require
 from solo.registry import Registry
 
+
+def of_fewer(
+    closure: Callable[[], Any] | None, optimizer: Optimizer, batch_idx: int, accumulated: int
+) -> Callable[[], Any]:
+    """The closure of a step, whose gradient is the mean over its batches also where an epoch leaves it fewer than
+    ``accumulated``: Lightning divides by those of a whole step.
+
+    Args:
+        closure: forward and backward of the step's last batch.
+        optimizer: whose parameters it moves.
+        batch_idx: of that batch, in the epoch.
+        accumulated: batches of a whole step.
+    """
+    rest = (batch_idx + 1) % accumulated
+
+    def mean() -> Any:
+        result = closure() if closure else None
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if rest and gradients:
+            torch._foreach_mul_(gradients, accumulated / rest)
+        return result
+
+    return mean
+
+
 OPTIMIZERS: Registry[Callable[..., Optimizer]] = Registry("solo.optimizers")
 
 

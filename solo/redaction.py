@@ -24,9 +24,11 @@ _WHO = re.compile(rf"(:/{{1,2}}) (?: [^/?]+ | [^/:@]* : (?!{_PORT}) .* ) (?=@)",
 _BEARER = re.compile(r"""(\bbearer\s+)(?!authenti|authori|credential)[^\s"',;]{12,}""", re.IGNORECASE)
 _ASSIGNED = re.compile(
     r"""(?P<asks>[?&;#]?)(?P<around>(?:\\?["'])?)(?P<name>(?<![\w.-])[\w.-]+)(?P<closed>(?:\\?["'])?)"""
-    r"""[ \t]*[:=]{1,2}[ \t]*(?P<opened>(?:\\?["'])?)"""
+    r"""[ \t]*[:=]{1,2}[ \t]*(?P<opened>(?:[bBrRuU]{0,2}(?:\"{3}|'{3}|''(?=\w)|\\?["']))?)"""
 )
-_ISSUED = re.compile(r"\b(gh[pousr]_|hf_|sk-|glpat-|xox[abprs]-)[A-Za-z0-9-]{20,}")     # of GitHub, Hugging Face, OpenAI, ...
+_ISSUED = re.compile(           # by GitHub, Hugging Face, OpenAI, GitLab, Slack
+    r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|hf_[A-Za-z0-9]{30,}|(sk|glpat|xox[abprs])-(?=[\w-]{0,40}\d)[\w-]{20,})"
+)
 _HEADER = re.compile("authorization$", re.IGNORECASE)
 _PARAMETER = re.compile(r"^(key|sig|auth|[\w.-]*pwd)$|signature", re.IGNORECASE)
 _NUMBER = re.compile(r"""([-+]?[\d.]+(e[-+]?\d+)?|true|false|none|null)(?![^\s"',;&#)}\]])""", re.IGNORECASE)
@@ -97,8 +99,10 @@ def _secret_after(found: re.Match[str]) -> re.Match[str] | None:
     if not (header or parameter or _is_secret(found["name"], text=not number)):
         return None
     if header or found["opened"]:
-        quote = found["opened"] or (not found["closed"] and found["around"])
+        quote = found["opened"].lstrip("bBrRuU") or (not found["closed"] and found["around"])
         value = rf"(?:(?!{re.escape(quote)})(?:\\.|.))+" if quote else ".+"
+    elif text.startswith(("[", "(", "{"), begin) and not text.startswith(HIDDEN, begin):
+        value = ".+"
     else:
         value = r"""[^\s"'&;#]+""" if found["asks"] else r"""[^\s"',;&]+"""
     return re.compile(value).match(text, begin)

@@ -235,8 +235,9 @@ def _choose(config: Experiment, run_dir: Path) -> tuple[Path | None, dict[str, A
         write_link(link, own.relative_to(run_dir))
     asked = own if config.resume in ("auto", "never") else checkpoint.resolve(config.resume, "resume")
     if asked is None:
-        if link.is_symlink():
-            raise ConfigError(f"{link} leads to a checkpoint that is gone, and no other is left: resume=never starts anew")
+        if os.path.lexists(link):
+            raise ConfigError(f"{link} is there, but none of the checkpoints beside it: resume=FILE goes on from one; "
+                              "where all are lost, remove it to start anew")
         return None, {}
     entries = checkpoint.manifest(folder) if own is not None else []
     if own is None or asked.resolve() not in {(folder / entry.file).resolve() for entry in entries}:

@@ -93,7 +93,14 @@ def test_the_width_is_that_of_the_features(name):
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features)
 
 
-def test_weights_are_fetched_by_https_only():
-    kwargs = {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/weights.pth"}}
-    with pytest.raises(ConfigError, match="^backbone.kwargs: http://127.0.0.1:9/weights.pth: weights are fetched by https"):
+@pytest.mark.parametrize("scheme", ["http", "HTTP", "ftp"])
+@pytest.mark.parametrize("block", ["pretrained_cfg", "pretrained_cfg_overlay"])
+def test_weights_are_fetched_by_https_only(block, scheme):
+    kwargs = {"pretrained": True, block: {"url": f"{scheme}://127.0.0.1:9/weights.pth"}}
+    with pytest.raises(ConfigError, match=f"^backbone.kwargs: {scheme}://127.0.0.1:9/weights.pth: weights are fetched by"):
         backbones.build(BackboneConfig(name="resnet18", kwargs=kwargs))
+
+
+def test_an_address_that_nothing_is_fetched_from_is_no_matter():
+    noted = {"pretrained_cfg": {"url": "http://127.0.0.1:9/weights.pth", "origin_url": "http://127.0.0.1:9"}}
+    backbones.build(BackboneConfig(name="resnet18", kwargs=noted))

@@ -1,5 +1,6 @@
 """What commands show on the screen."""
 
+import contextlib
 import functools
 import io
 import os
@@ -30,7 +31,7 @@ def unread():
             text += os.read(reader, 1 << 20)
         return text.decode(errors="replace")
 
-    with open(writer, "w") as file:
+    with contextlib.suppress(OSError), open(writer, "w") as file:       # what was not taken is lost with the reader
         yield file, read
         os.set_blocking(writer, True)
         os.close(reader)

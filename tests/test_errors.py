@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import threading
 
 import pytest
 import torch
@@ -187,6 +188,12 @@ def test_what_ends_a_process_at_once_ends_it_whatever_becomes_of_its_streams(str
             sys.stdout.write("x")
         errors.end_at_once("no answer")
 
+    def unable(rank):                   # no more threads may be had
+        threading.Thread.start = lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+        errors.end_at_once("no answer")
+
+    (other,) = processes.fork(1, tmp_path / "other", unable)
+    assert os.waitstatus_to_exitcode(processes.wait([other], 20)[other]) == 5
     (child,) = processes.fork(1, tmp_path / "log", body)
     statuses = processes.wait([child], 20)
     processes.kill([child] if child not in statuses else [])

@@ -269,8 +269,21 @@ def test_wandb_is_sent_neither_code_nor_config(load, tmp_path, monkeypatch):
     assert only["project"] == "mine" and FROM_ENVIRONMENT not in str(only) and WRITTEN not in str(only)
 
 
-@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "hf_" + "aBcD" * 8, "sk-" + "a1B2" * 8, "glpat-" + "a1-B2" * 4])
+@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "hf_" + "aBcD" * 8, "sk-" + "a1B2" * 8, "glpat-" + "a1-B2" * 4,
+                                    "sk-proj-abcDEF123_4567abcDEF123", "sk-ant-api03-AAAA1111AAAA_BBBB-CC",
+                                    "github_pat_11AB22CD33_" + "a1B2" * 8])
 def test_what_a_service_issues_is_known_by_its_shape(secret):
     for text, shown in ((secret, HIDDEN), (f"a run with {secret}, then", f"a run with {HIDDEN}, then")):
         assert redacted({"extra": {"note": text}}) == {"extra": {"note": shown}} and redaction.spoken(text) == shown
-    assert redacted("hf_hub_download_of_a_model_that_is_large") == "hf_hub_download_of_a_model_that_is_large"
+
+
+@pytest.mark.parametrize("name", ["hf_hub_download_of_a_model_that_is_large", "hf_resnet-50-imagenet-pretrained",
+                                  "sk-learn-baseline-of-november"])
+def test_names_that_begin_like_a_token_are_shown(name):
+    assert redacted(name) == redaction.spoken(name) == name
+
+
+@pytest.mark.parametrize("text", ["{'api_key': ['S1', 'S2']}", '{"tokens": ["S1", "S2"]}', "password: {value: S1}",
+                                  "password=u'S1'", 'password: """S1"""', "api_key=''S1''"])
+def test_secrets_in_lists_blocks_and_all_kinds_of_quotes_are_hidden(text):
+    assert "S1" not in redaction.spoken(text) and "S2" not in redaction.spoken(text) and HIDDEN in redaction.spoken(text)

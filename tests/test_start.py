@@ -340,5 +340,5 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_from_scratch(tmp_path):
     content = values("nnclr", tmp_path, max_epochs=1)
     run_dir = pretrain(experiment(content)).run_dir
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(ConfigError, match="last.ckpt leads to a checkpoint that is gone, and no other is left: resume=never"):
+    with pytest.raises(ConfigError, match="last.ckpt is there, but none of the checkpoints beside it: resume=FILE"):
         pretrain(experiment({**content, "max_epochs": 1}))

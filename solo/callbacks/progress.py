@@ -28,6 +28,7 @@ class _Above:
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
+        self._line = self._line.rpartition("\r")[2]     # a bar of somebody else's begins anew so, again and again
         if lines:
             Bar.write("\n".join(lines), file=self._file)
         return len(text)
@@ -160,7 +161,7 @@ class RunProgress(ProgressBar):
             epoch.n, epoch.total = self._batch, self.total_train_batches
             done = "validating" if self._validating else f"{self._batch}/{epoch.total}"
             epoch.bar_format = f"{self._epoch()} {{bar}} {done}"
-            numbers.bar_format = self._numbers()
+            numbers.bar_format = self._numbers().replace("{", "{{").replace("}", "}}")
             for bar in self._bars:
                 bar.refresh()
             self._shown = time.monotonic()

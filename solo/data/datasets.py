@@ -130,11 +130,15 @@ def _fake(config: DataConfig, train: bool) -> Source:
 def _required(config: DataConfig, what: str) -> Path:
     if config.train_path is None:
         raise ConfigError(f"data.train_path is missing: data.dataset={config.dataset} needs {what}")
-    path = Path(config.train_path)
+    return _reached(config.train_path, "data.train_path")
+
+
+def _reached(text: str, key: str) -> Path:
+    path = Path(text)
     try:
         noted(path.exists, path)
     except OSError as error:            # a name too long, for one
-        raise ConfigError(f"data.train_path={path} cannot be reached: {error.strerror}") from error
+        raise ConfigError(f"{key}={path} cannot be reached: {error.strerror}") from error
     return path
 
 
@@ -147,7 +151,7 @@ def _torchvision(
         root = _required(config, "the folder that holds it, or is to hold it with data.download=true")
         key = "data.train_path"
         if not train_part and config.val_path is not None:
-            root, key = Path(config.val_path), "data.val_path"
+            root, key = _reached(config.val_path, "data.val_path"), "data.val_path"
         if root.is_file():
             raise ConfigError(f"{key}={root} is a file; give the folder that holds {config.dataset}")
         try:
@@ -181,7 +185,7 @@ def _folder(config: DataConfig, train: bool) -> Source | None:
     if train:
         root = root / "train" if found else root
     elif config.val_path is not None:
-        root, key = Path(config.val_path), "data.val_path"
+        root, key = _reached(config.val_path, "data.val_path"), "data.val_path"
     else:
         found = found or (_beside(root) if root.name == "train" else [])
         if not found:
@@ -231,7 +235,7 @@ def _npz(config: DataConfig, train: bool) -> Source | None:
     """Arrays ``jpeg`` (uint8, encoded images end to end), ``offsets``, ``labels``, ``split`` (0 train, 1 test), ``classes``."""
     path, key, part = _required(config, "a .npz file of encoded images"), "data.train_path", 0 if train else 1
     if not train and config.val_path is not None:
-        path, key = Path(config.val_path), "data.val_path"
+        path, key = _reached(config.val_path, "data.val_path"), "data.val_path"
     if not path.is_file():
         raise ConfigError(f"{key}={path} is not a file; data.dataset=npz reads one .npz file of encoded images")
     try:
@@ -264,7 +268,7 @@ def _file_per_part(suffix: str, source: Callable[[Path, int, str], Source]) -> O
         if not train:
             if config.val_path is None:
                 return None
-            path, key = Path(config.val_path), "data.val_path"
+            path, key = _reached(config.val_path, "data.val_path"), "data.val_path"
         return source(path, config.in_chans or 3, key)
 
     return open

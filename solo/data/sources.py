@@ -85,18 +85,10 @@ def spread(items: list[T]) -> list[T]:
     return items[:: max(1, -(-len(items) // _SIZED))]
 
 
-def _size(path: Path) -> int:
-    """Bytes; -1 of what is gone or cannot be reached: a bad image, which is replaced, not an end of the run."""
-    try:
-        return retried(path.stat, path).st_size
-    except OSError:
-        return -1
-
-
 def _stamp(path: Path) -> tuple[int, int]:
-    """As `stamp`; -1 where `_size` is."""
+    """As `stamp`; -1 of what is gone or cannot be reached: a bad image, which is replaced, not an end of the run."""
     try:
-        return stamp(path)
+        return retried(lambda: stamp(path), path)
     except OSError:
         return -1, -1
 
@@ -254,7 +246,7 @@ class FolderSource:
         return digest(str(self.root.resolve()), stamps, self._in_chans)
 
     def listing(self) -> object:
-        return self._files, [_size(self.root / file) for file in spread(self._files)]
+        return self._files, [_stamp(self.root / file)[0] for file in spread(self._files)]
 
 
 def _without_classes(files: list[str]) -> str | None:

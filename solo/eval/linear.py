@@ -1,6 +1,7 @@
 """Linear classification of frozen features, and fine-tuning: a quick probe, and the published protocol."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +159,12 @@ class Classifier(pl.LightningModule):
         count = (labels >= 0).sum()
         acc1 = 100 * (logits.argmax(1) == labels).sum() / count                                     # NaN without a label
         return {"loss": loss / count.clamp(min=1), "feats": feats.detach(), "acc1": acc1}
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        closure = optim.of_fewer(optimizer_closure, optimizer, batch_idx, self.trainer.accumulate_grad_batches)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def on_validation_epoch_start(self) -> None:
         self._hits = torch.zeros(3, device=self.device)

@@ -214,16 +214,7 @@ class Method(pl.LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         progress = self.progress
-        accumulated = self.trainer.accumulate_grad_batches
-        rest = (batch_idx + 1) % accumulated            # batches of an epoch's last step, where they are fewer
-
-        def closure() -> Any:
-            result = optimizer_closure() if optimizer_closure else None
-            if rest:                                    # Lightning divides by those of a whole one
-                gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-                torch._foreach_mul_(gradients, accumulated / rest)
-            return result
-
+        closure = optim.of_fewer(optimizer_closure, optimizer, batch_idx, self.trainer.accumulate_grad_batches)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.stepped = self.after_step(progress)
 

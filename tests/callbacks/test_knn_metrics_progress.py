@@ -19,7 +19,7 @@ from solo.callbacks.health import Health, HealthConfig
 from solo.callbacks.knn import KNNCallback, KNNConfig
 from solo.callbacks.metrics import MetricsLogger
 from solo.callbacks.probe import OnlineProbe
-from solo.callbacks.progress import RunProgress
+from solo.callbacks.progress import RunProgress, _Above
 from solo.eval.features import extract
 from solo.eval.knn import knn_accuracy
 from tests.callbacks.toy import CLASSES, Toy, ToyData, batches, fit
@@ -200,6 +200,13 @@ def test_a_line_begun_on_one_stream_is_not_ended_by_the_other_nor_lost():
     fit([At(1, speak), MetricsLogger(), RunProgress(out)], max_epochs=1)
     lines = re.sub(r"\x1b(\[\d*[a-zA-Z]|D)", "", out.getvalue()).splitlines()
     assert "of stderr" in lines and [line for line in lines if "PARTIAL" in line] == ["PARTIAL"]
+
+
+def test_a_bar_of_somebody_elses_is_not_kept():
+    above = _Above(Terminal())
+    for number in range(1000):
+        above.write(f"\rbar {number}")
+    assert above._line == "bar 999"
 
 
 def test_an_error_gives_streams_and_handlers_back():

@@ -35,6 +35,7 @@ def test_paths(tmp_path: Path) -> None:
     assert "1 .txt" in refused(tmp_path / "texts")
     make_folder(tmp_path / "good", {"a": 8})
     assert "data.val_path=" in refused(tmp_path / "good", val_path=str(tmp_path / "none"))
+    assert refused(tmp_path / "good", val_path="x" * 5000).endswith("cannot be reached: File name too long")
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import torch
 
 from solo.batch import Batch
 from solo.errors import ConfigError
+from solo.eval.linear import Classifier, LinearConfig
 from solo.experiment import experiment
 from solo.methods import NNCLR, Method
 from solo.run import pretrain
 from solo.testing import Case
 from solo.testing.advance import wrong_rate
 from solo.testing.invariance import ranks_equal_one
+from tests.callbacks.toy import CLASSES, ToyBackbone, ToyData
 from tests.tiny import values
 
 
@@ -83,18 +85,32 @@ def test_the_contract_holds_each_group_to_the_rate_of_its_own(monkeypatch):
     assert wrong_rate(method, 2, 8, 4, 64) == []
 
 
+class Sizes(pl.Callback):
+    """Of each step's gradient, over what Lightning has made of it."""
+
+    def __init__(self, of):
+        self.of, self.sizes = of, []
+
+    def on_after_backward(self, trainer, module):
+        self.summed = self.of(module).grad.clone()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.sizes.append(float(self.of(module).grad.norm() / self.summed.norm()))
+
+
 @pytest.mark.parametrize(("images", "shares"), [(40, [1, 4]), (48, [1, 2]), (64, [1, 1])])
 def test_an_epochs_last_step_is_the_mean_of_its_own_batches(images, shares, tmp_path):
     """5, 6 and 8 batches, of which 4 make a step: the last one is no smaller for being of fewer."""
-    sizes = []
-
-    class Sizes(pl.Callback):
-        def on_after_backward(self, trainer, method):
-            self.summed = method.backbone.conv1.weight.grad.clone()
-
-        def on_before_optimizer_step(self, trainer, method, optimizer):
-            sizes.append(float(method.backbone.conv1.weight.grad.norm() / self.summed.norm()))
-
+    sizes = Sizes(lambda method: method.backbone.conv1.weight)
     content = values("simclr", tmp_path, data={"train_size": images}, max_epochs=1, accumulate_grad_batches=4)
-    pretrain(experiment(content), [Sizes()])
-    assert sizes == pytest.approx(shares, rel=1e-6)
+    pretrain(experiment(content), [sizes])
+    assert sizes.sizes == pytest.approx(shares, rel=1e-6)
+
+
+def test_so_it_is_of_the_linear_evaluation():
+    sizes = Sizes(lambda module: module.head.weight)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=5, accumulate_grad_batches=4,
+                         limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False, callbacks=[sizes])
+    trainer.fit(Classifier(ToyBackbone(), CLASSES, LinearConfig(checkpoint="x")), ToyData().train_dataloader())
+    assert sizes.sizes == pytest.approx([1, 4], rel=1e-6)
